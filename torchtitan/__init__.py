@@ -1,0 +1,1 @@
+"""A PyTorch-native LLM training framework where the mesh is a deployment detail."""

@@ -1,0 +1,1 @@
+"""Configuration: schema, loading from TOML and command line, and checks. Imports no torch."""

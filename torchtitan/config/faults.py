@@ -1,0 +1,32 @@
+"""What is wrong with a run's inputs, in words a user can act on."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_CONFIG = 2
+"""Exit status of a run that was refused before any process group started."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake: the setting's key path (or file), its value, why it cannot work, what would."""
+
+    setting: str
+    reason: str
+    remedy: str = ""
+    value: object = None
+    source: str = ""
+    """File and line the value came from, or 'command line'; empty where unknown."""
+
+    def __str__(self) -> str:
+        head = self.setting if self.value is None else f"{self.setting} = {self.value!r}"
+        where = f" ({self.source})" if self.source else ""
+        return f"{head}{where}: {self.reason}" + (f" {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(ValueError):
+    """A run that cannot work as asked; lists every fault found, not just the first."""
+
+    def __init__(self, faults: Iterable[Fault]):
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"- {fault}" for fault in self.faults))

@@ -1,0 +1,18 @@
+"""The project's logger: one line format, tagged with the rank when there is more than one."""
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("torchtitan")
+
+
+def init_logger() -> None:
+    """Send the project's messages to stderr; called once by each entry point."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = f" rank {os.environ['RANK']}:" if world_size > 1 and "RANK" in os.environ else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"[titan] %(asctime)s %(levelname)s{rank} %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
