@@ -145,8 +145,8 @@ class Training:
     dtype: Literal["bfloat16", "float32"] = "float32"
     """Dtype parameters are created and updated in."""
 
-    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of computation; where not set and the device is slow in bfloat16, float32 is used."""
+    mixed_precision_param: Literal["bfloat16", "float32"] | None = None
+    """Dtype of computation; not set: bfloat16, or float32 where the device is slow in bfloat16 (CPUs)."""
 
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Dtype gradients are reduced in."""
