@@ -1,0 +1,111 @@
+"""Data parallelism through FSDP2: sharded, replicated, or both; and the precision policy with it.
+
+One policy holds at any world size, so a model that computes in another dtype than its weights is
+wrapped on a single rank too. Every reduction is a SUM: the loss is already divided by the tokens of
+the whole global batch, so there is no averaging factor that could be wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchtitan.config.schema import JobConfig
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a run: of the stored weights, of the computation, of the gradient reduction."""
+
+    store: torch.dtype
+    compute: torch.dtype
+    reduce: torch.dtype
+
+    @classmethod
+    def resolve(cls, config: JobConfig, device: torch.device) -> "Precision":
+        """What the config asks for; unset, the compute dtype is bf16 where the device is fast at it."""
+        training = config.training
+        compute = training.mixed_precision_param
+        if compute is None:
+            compute = "float32" if device.type == "cpu" else "bfloat16"
+        return cls(
+            getattr(torch, training.dtype),
+            getattr(torch, compute),
+            getattr(torch, training.mixed_precision_reduce),
+        )
+
+
+def apply_fsdp(
+    model: nn.Module, mesh: DeviceMesh, precision: Precision, reshard: str, offload: bool
+) -> None:
+    """Shard the model's units over dp_shard and replicate them over dp_replicate, in place.
+
+    `reshard` is parallelism.fsdp_reshard_after_forward; by default all but the last unit, which
+    backward needs at once, free their gathered weights after forward.
+    """
+    if mesh.size() == 1 and precision.compute == precision.store and not offload:
+        return
+    if mesh["dp_replicate"].size() == 1:
+        mesh = mesh["dp_shard"]
+    shared = {
+        "mesh": mesh,
+        # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
+        "mp_policy": MixedPrecisionPolicy(
+            precision.compute, precision.reduce, cast_forward_inputs=False
+        ),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+        ),
+    }
+    units = model.fsdp_units()
+    for unit in units:
+        last = unit is units[-1]
+        modules = [model.get_submodule(name) for name in unit]
+        reshard_after_forward = reshard == "always" or (reshard == "default" and not last)
+        fully_shard(modules, reshard_after_forward=reshard_after_forward, **shared)
+    fully_shard(model, reshard_after_forward=False, **shared)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def sync_gradients(model: nn.Module, last_microbatch: bool, each_microbatch: bool) -> None:
+    """Say, before a microbatch's forward, whether its backward reduces gradients over ranks.
+
+    Gradients are reduced with the last microbatch; with `each_microbatch` shards are reduced every
+    time, which keeps no unsharded gradients, and only the replicas wait for the last.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last_microbatch or each_microbatch)
+        model.set_requires_all_reduce(last_microbatch)
+        model.set_is_last_backward(last_microbatch)
+
+
+def fill_parameters(
+    model: nn.Module, device: torch.device, draw: Callable[[str, torch.Size], torch.Tensor]
+) -> None:
+    """Move a sharded model from the meta device to `device`, and give each rank its part of the weights.
+
+    draw(name, shape) returns the whole logical tensor; all ranks draw the same values, so nothing
+    is communicated. With CPU offload `device` is the CPU, whatever device the mesh is on.
+    """
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            full = draw(name, parameter.shape).to(parameter.dtype)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter = parameter.to_local()
+                full = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
+            parameter.copy_(full)

@@ -1,0 +1,153 @@
+"""Grouped-query attention, and one interface to the kernels that compute it.
+
+B batch, L sequence, D model, H query heads, G key/value heads, C head_dim.
+
+The mask decides the kernel: none means causal over the whole sequence (SDPA); a packed batch brings
+a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean mask for SDPA. All
+three say the same: a token sees itself and what precedes it in its own document.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+from torchtitan.models.init import Init, Normal
+from torchtitan.models.rope import apply_rope
+
+SDPA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""For `torch.nn.attention.sdpa_kernel(..., set_priority=True)`: the first one that can run is used."""
+
+
+@dataclass(frozen=True)
+class VarlenMask:
+    """Where documents begin in the flattened batch: (documents + 1,) int32, padded with B * L."""
+
+    offsets: torch.Tensor
+    max_length: int
+
+
+AttentionMask = BlockMask | VarlenMask | torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A packed batch's documents as tensors; everything derives from the packer's lengths."""
+
+    positions: torch.Tensor
+    """(B, L) int64: each token's position in its document."""
+    mask: AttentionMask
+
+    @classmethod
+    def build(cls, lengths: list[list[int]], attn_type: str, device: torch.device) -> "Documents":
+        """From the document lengths of each sequence, for one of "sdpa", "flex", "varlen".
+
+        Flex and varlen have no backward on CPUs: there both become SDPA with a dense mask.
+        """
+        seq_len = sum(lengths[0])
+        index = np.stack([np.repeat(np.arange(len(row)), row) for row in lengths])
+        starts = np.stack([np.repeat(np.cumsum([0, *row[:-1]]), row) for row in lengths])
+        positions = torch.from_numpy(np.arange(seq_len) - starts).to(device)
+        if attn_type == "varlen" and device.type == "cuda":
+            mask = _varlen_mask(lengths, seq_len, device)
+        else:
+            ids = torch.from_numpy(index).to(device, torch.int32)
+            on_gpu = attn_type == "flex" and device.type == "cuda"
+            mask = _block_mask(ids) if on_gpu else _dense_mask(ids)
+        return cls(positions, mask)
+
+
+def _dense_mask(document_ids: torch.Tensor) -> torch.Tensor:
+    """(B, 1, L, L) bool, true where a query (row) may see a key (column)."""
+    same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same_document.tril()
+
+
+def _varlen_mask(lengths: list[list[int]], seq_len: int, device: torch.device) -> VarlenMask:
+    offsets = np.cumsum([0, *(length for row in lengths for length in row)])
+    # Empty documents at the end: the tensor's size changes seldom, so compiled blocks do too.
+    padded = 64 * -(-len(offsets) // 64)
+    offsets = np.pad(offsets, (0, padded - len(offsets)), mode="edge").astype(np.int32)
+    return VarlenMask(torch.from_numpy(offsets).to(device), seq_len)
+
+
+def _block_mask(document_ids: torch.Tensor) -> BlockMask:
+    def sees(b, h, query, key):
+        return (query >= key) & (document_ids[b, query] == document_ids[b, key])
+
+    batch, seq_len = document_ids.shape
+    return _compiled(create_block_mask)(
+        sees, batch, None, seq_len, seq_len, device=document_ids.device
+    )
+
+
+@functools.cache
+def _compiled(function):
+    """Flex is fast only compiled, also where the model is not."""
+    return torch.compile(function)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+    """Softmax attention of q (B, L, H, C) over k, v (B, L, G, C), as (B, L, H, C)."""
+    if isinstance(mask, VarlenMask):
+        return _attend_varlen(q, k, v, mask)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        out = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
+
+
+_VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13; not 2.11
+
+
+def _attend_varlen(q, k, v, mask: VarlenMask) -> torch.Tensor:
+    grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if _VARLEN_TAKES_GQA else {}
+    length, offsets = mask.max_length, mask.offsets
+    out = varlen_attn(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        offsets, offsets, length, length, window_size=(-1, 0), **grouped,
+    )  # fmt: skip
+    return out.view_as(q)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; key and value heads may be fewer than queries."""
+
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, residual_std: float
+    ):
+        super().__init__()
+        self.head_dim = head_dim
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+        inputs = Normal(0.02, cutoff=3)
+        self.inits: dict[str, Init] = {
+            "wq.weight": inputs,
+            "wk.weight": inputs,
+            "wv.weight": inputs,
+            "wo.weight": Normal(residual_std, cutoff=3),
+        }
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        out = attend(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+        return self.wo(out.flatten(-2))

@@ -1,0 +1,69 @@
+"""Finds a model family and flavor by name; a family is a module with a FLAVORS table."""
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import fields, is_dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from torchtitan import models
+from torchtitan.config.faults import ConfigError, Fault
+
+
+def families() -> list[str]:
+    """The families in this package: its modules that have a FLAVORS table."""
+    names = [module.name for module in pkgutil.iter_modules(models.__path__)]
+    return [name for name in names if hasattr(_module(name), "FLAVORS")]
+
+
+def model_config(name: str, flavor: str, overrides: dict[str, Any]) -> Any:
+    """The frozen config of `name`'s flavor with `overrides` applied.
+
+    `name` is a family of this package, or the dotted path of a module elsewhere. Raises ConfigError.
+    """
+    flavors = _flavors(name)
+    if flavor not in flavors:
+        raise ConfigError([_unknown("model.flavor", flavor, list(flavors))])
+    return _override(flavors[flavor], overrides, "model.overrides")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name if "." in name else f"{models.__name__}.{name}")
+
+
+def _flavors(name: str) -> dict[str, Any]:
+    try:
+        return _module(name).FLAVORS
+    except (ModuleNotFoundError, AttributeError):
+        raise ConfigError([_unknown("model.name", name, families())]) from None
+
+
+def _override(config: Any, overrides: dict[str, Any], path: str) -> Any:
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
+    changes, faults = {}, []
+    for key, value in overrides.items():
+        if key not in known:
+            faults.append(_unknown(path, key, list(known)))
+        elif is_dataclass(known[key]) and isinstance(value, dict):
+            changes[key] = _override(known[key], value, f"{path}.{key}")
+        elif (fault := _type_fault(f"{path}.{key}", known[key], value)) is not None:
+            faults.append(fault)
+        else:
+            changes[key] = value
+    if faults:
+        raise ConfigError(faults)
+    return replace(config, **changes)
+
+
+def _type_fault(path: str, present: Any, value: Any) -> Fault | None:
+    accepted = (int, float) if isinstance(present, float) else type(present)
+    if isinstance(value, accepted) and isinstance(value, bool) == isinstance(present, bool):
+        return None
+    return Fault(path, f"must be of type {type(present).__name__}.", value=value)
+
+
+def _unknown(setting: str, value: str, known: list[str]) -> Fault:
+    near = difflib.get_close_matches(value, known, n=1)
+    remedy = (f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
+    return Fault(setting, "no such name.", remedy, value=value)
