@@ -1,0 +1,175 @@
+"""The decoder's arithmetic, on one process, against Hugging Face's Llama and by itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torchtitan.models.init import draw, parameter_inits
+from torchtitan.models.llama3 import FLAVORS
+from torchtitan.models.loss import IGNORE_INDEX
+
+CPU = torch.device("cpu")
+
+
+def build(config, seed=0):
+    with torch.device("meta"):
+        model = config.build()
+    model.to_empty(device=CPU)
+    inits = parameter_inits(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(draw(name, parameter.shape, inits[name], seed, CPU))
+    model.fill_buffers(CPU)
+    return model
+
+
+def tiny(**changes):
+    base = replace(FLAVORS["debugmodel"], dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64)
+    return replace(base, vocab_size=64, seq_len=16, **changes)
+
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "layers": "model.layers",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def hf_name(name):
+    for ours, theirs in HF_NAMES.items():
+        if name.startswith(f"{ours}.") or f".{ours}." in name:
+            name = name.replace(ours, theirs, 1)
+    return name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_and_gradients_equal_transformers(tied):
+    config = tiny(enable_weight_tying=tied)
+    model = build(config)
+    scaling = config.rope_scaling
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=config.norm_eps,
+            tie_word_embeddings=tied,
+            max_position_embeddings=131072,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": config.rope_theta,
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_seq_len,
+            },
+        )
+    )
+    theirs = dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            theirs[hf_name(name)].copy_(parameter)
+    tokens = torch.randint(64, (2, 17))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    torch.testing.assert_close(model(inputs), reference(inputs).logits, rtol=1e-4, atol=1e-5)
+
+    model(inputs, labels).backward()
+    logits = reference(inputs).logits.flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
+    for name, parameter in model.named_parameters():
+        expected = theirs[hf_name(name)].grad
+        assert (parameter.grad - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def test_ignored_labels_count_nothing():
+    model = build(tiny())
+    tokens = torch.randint(64, (1, 16))
+    labels = torch.randint(64, (1, 16))
+    masked = labels.clone()
+    masked[:, 8:] = IGNORE_INDEX
+    kept = torch.nn.functional.cross_entropy(model(tokens)[0, :8], labels[0, :8], reduction="sum")
+    torch.testing.assert_close(model(tokens, masked), kept)
+    assert model(tokens, torch.full_like(labels, IGNORE_INDEX)).item() == 0.0
+
+
+@pytest.mark.parametrize("attn_type", ["sdpa", "flex", "varlen"])
+def test_packed_documents_equal_documents_alone(attn_type):
+    model = build(tiny(attn_type=attn_type, attn_mask_type="block_causal"))
+    lengths = [[5, 1, 10], [16]]
+    tokens = torch.randint(64, (2, 16))
+    packed = model(tokens, documents=model.documents(lengths, CPU))
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for length in row_lengths:
+            piece = tokens[row : row + 1, start : start + length]
+            alone = model(piece, documents=model.documents([[length]], CPU))
+            torch.testing.assert_close(packed[row, start : start + length], alone[0])
+            start += length
+
+
+def test_another_documents_tokens_leave_the_bits_alone():
+    model = build(tiny(attn_type="flex", attn_mask_type="block_causal"))
+    documents = model.documents([[6, 10]], CPU)
+    first = torch.randint(64, (1, 16))
+    second = first.clone()
+    second[:, :6] = torch.randint(64, (1, 6))
+    assert torch.equal(
+        model(first, documents=documents)[:, 6:], model(second, documents=documents)[:, 6:]
+    )
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_flops_equal_pytorchs_count(flavor):
+    config = replace(FLAVORS[flavor], n_layers=1, seq_len=128, attn_type="sdpa")
+    config = replace(config, attn_mask_type="causal")
+    with torch.device("meta"):
+        model = config.build()
+        tokens = torch.zeros(1, 128, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).backward()
+    full, causal = config.flops_per_token(128)
+    assert counter.get_total_flops() / 128 == pytest.approx(full, rel=0.01)
+    assert full - causal == pytest.approx(6 * config.n_heads * config.head_dim * 128)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "billions"), [("1B", 1.24), ("3B", 3.21), ("8B", 8.03), ("70B", 70.6), ("405B", 405.9)]
+)
+def test_published_sizes(flavor, billions):
+    with torch.device("meta"):
+        model = FLAVORS[flavor].build()
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_initial_weights_depend_on_seed_and_name_only():
+    first, second = build(tiny(n_layers=2)), build(tiny(n_layers=3))
+    shared = dict(second.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, shared[name]), name
+    other = build(tiny(n_layers=2), seed=1)
+    assert not torch.equal(first.layers["0"].attention.wq.weight, other.layers["0"].attention.wq.weight)
+    wq = [layer.attention.wq.weight for layer in first.layers.values()]
+    assert not torch.equal(*wq)
+
+
+def test_every_parameter_needs_an_init():
+    model = build(tiny())
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match="extra.weight"):
+        parameter_inits(model)
