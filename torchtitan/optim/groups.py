@@ -1,0 +1,62 @@
+"""Which parameters decay: every trainable parameter in exactly one optimizer group."""
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from torchtitan.config.faults import ConfigError, Fault
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    no_decay: Sequence[str] = (),
+) -> list[dict]:
+    """Groups for a torch optimizer: what decays, then what a `no_decay` pattern exempts.
+
+    Frozen parameters are in no group. Raises ConfigError if a pattern matches no parameter.
+    """
+    named = list(named_parameters)
+    _check_patterns(no_decay, [name for name, _ in named])
+    trainable = [(name, param) for name, param in named if param.requires_grad]
+    exempt = [pair for pair in trainable if _matches(pair[0], no_decay)]
+    decayed = [pair for pair in trainable if not _matches(pair[0], no_decay)]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+
+    grouped = [id(param) for group in groups for _, param in group["params"]]
+    expected = {id(param) for _, param in trainable}
+    assert len(grouped) == len(set(grouped)), (
+        f"{len(grouped) - len(set(grouped))} tied parameters come twice"
+    )
+    assert set(grouped) == expected, (
+        f"{len(set(grouped))} parameters in groups, {len(expected)} trainable"
+    )
+    return groups
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
+    # Layers differ in their number only: show each kind of parameter once, as a pattern to copy.
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
+    faults = [
+        Fault(
+            "optimizer.no_decay",
+            "matches no parameter of the model.",
+            f"The nearest names are {', '.join(get_close_matches(pattern, kinds, cutoff=0.0))}.",
+            value=pattern,
+        )
+        for pattern in unmatched
+    ]
+    if faults:
+        raise ConfigError(faults)
