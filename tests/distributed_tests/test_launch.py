@@ -41,9 +41,7 @@ def _exit_badly() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_results_come_back_by_rank(world_size):
     expected = sum(range(world_size)) + 10 * world_size
-    assert run_ranks(_sum_of_ranks, world_size, 10) == [
-        (r, expected, 1) for r in range(world_size)
-    ]
+    assert run_ranks(_sum_of_ranks, world_size, 10) == [(r, expected, 1) for r in range(world_size)]
 
 
 def test_ranks_see_the_environment_of_the_call(monkeypatch):

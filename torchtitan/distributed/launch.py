@@ -42,11 +42,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="torchtitan_ranks_") as folder:
         call = pickle.dumps((fn, args))
         ranks = [
-            _Rank(
-                _Assignment(
-                    rank, world_size, Path(folder), call, timeout, dict(os.environ)
-                )
-            )
+            _Rank(_Assignment(rank, world_size, Path(folder), call, timeout, dict(os.environ)))
             for rank in range(world_size)
         ]
         try:
@@ -85,17 +81,13 @@ class _Rank:
         self.failed_at = float("-inf")  # a rank that died without a word comes first
         self.pipe, child_pipe = _context().Pipe(duplex=False)
         # Not daemonic: a rank may have children of its own, such as data loader workers.
-        self.process = _context().Process(
-            target=_rank_main, args=(assignment, child_pipe)
-        )
+        self.process = _context().Process(target=_rank_main, args=(assignment, child_pipe))
         self.process.start()
         child_pipe.close()
 
     @property
     def failed(self) -> bool:
-        return self.traceback is not None or (
-            self.result is None and not self.process.is_alive()
-        )
+        return self.traceback is not None or (self.result is None and not self.process.is_alive())
 
     def receive(self) -> None:
         """Take what the rank sent; a rank that died without a word closes its pipe."""
@@ -124,11 +116,7 @@ class _Rank:
         if code is None:
             return f"rank {self.rank} was still running\n{stack}"
         signalled = code < 0
-        how = (
-            f"was ended by {signal.Signals(-code).name}"
-            if signalled
-            else f"exited with {code}"
-        )
+        how = f"was ended by {signal.Signals(-code).name}" if signalled else f"exited with {code}"
         return f"rank {self.rank} {how}\n{stack}"
 
     def end(self) -> None:
@@ -167,9 +155,7 @@ def _stories(ranks: list[_Rank]) -> str:
     for rank in silent:
         if rank.pipe.poll():
             rank.receive()
-    order = sorted(
-        ranks, key=lambda rank: rank.failed_at if rank.failed else float("inf")
-    )
+    order = sorted(ranks, key=lambda rank: rank.failed_at if rank.failed else float("inf"))
     return "\n".join(rank.story() for rank in order)
 
 
@@ -198,14 +184,10 @@ def _rank_main(assignment: _Assignment, pipe: Connection) -> None:
             fn, args = pickle.loads(assignment.call)
             dist.init_process_group(
                 "gloo",
-                store=dist.FileStore(
-                    str(assignment.folder / "store"), assignment.world_size
-                ),
+                store=dist.FileStore(str(assignment.folder / "store"), assignment.world_size),
                 rank=assignment.rank,
                 world_size=assignment.world_size,
-                timeout=timedelta(
-                    seconds=2 * assignment.timeout
-                ),  # the parent's clock decides
+                timeout=timedelta(seconds=2 * assignment.timeout),  # the parent's clock decides
             )
             result = pickle.dumps(fn(*args))
             # A rank that closes its connections early breaks the last collective of a slower one.

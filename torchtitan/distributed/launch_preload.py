@@ -23,9 +23,7 @@ FAKE_WORLD_SIZE = 11
 
 def _warm_up() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=0, world_size=FAKE_WORLD_SIZE
-    )
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=FAKE_WORLD_SIZE)
     model = torch.nn.Sequential(torch.nn.Linear(FAKE_WORLD_SIZE, FAKE_WORLD_SIZE))
     mesh = dist.device_mesh.init_device_mesh("cpu", (FAKE_WORLD_SIZE,))
     fully_shard(model, mesh=mesh)
