@@ -6,6 +6,7 @@ save no matrix product).
 """
 
 import functools
+import types
 from collections import defaultdict
 
 import torch
@@ -31,36 +32,38 @@ _ATTENTION = {
 
 def apply_activation_checkpoint(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
     """Checkpoint each block, or every n-th, in place, as `activation_checkpoint.mode` says."""
+    options = {
+        "preserve_rng_state": config.preserve_rng_state,
+        "determinism_check": config.determinism_check,
+        "early_stop": config.early_stop,
+        "debug": config.debug,
+    }
+    every = 1
     if config.mode == "memory_budget":
         _set_memory_budget(config)
-    elif config.mode == "full":
-        for block in blocks.values():
-            _checkpoint(block, config)
-    elif config.mode == "selective" and config.selective_ac_option == "op":
-        for block in blocks.values():
-            shapes = _recomputed_shapes(block, config)
-            _checkpoint(block, config, functools.partial(_save_by_op, shapes))
+    if config.mode in ("none", "memory_budget"):
+        return
+    if config.mode == "selective" and config.selective_ac_option == "op":
+        shapes = _recomputed_shapes(blocks, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+        options["context_fn"] = functools.partial(_save_by_op, shapes)
     elif config.mode == "selective":
         every = int(config.selective_ac_option)
-        for block in list(blocks.values())[::every]:
-            _checkpoint(block, config)
+    for block in list(blocks.values())[::every]:
+        _checkpoint(block, options)
 
 
-def _checkpoint(block: nn.Module, config: ActivationCheckpoint, context_fn=None) -> None:
-    options = {"context_fn": context_fn} if context_fn else {}
-    block.forward = functools.partial(
-        checkpoint,
-        block.forward,
-        use_reentrant=False,
-        preserve_rng_state=config.preserve_rng_state,
-        determinism_check=config.determinism_check,
-        early_stop=config.early_stop,
-        debug=config.debug,
-        **options,
-    )
+def _checkpoint(block: nn.Module, options: dict) -> None:
+    block.checkpoint_options = options
+    block.forward = types.MethodType(_checkpointed_forward, block)
 
 
-def _save_by_op(recomputed_shapes: set[torch.Size]):
+def _checkpointed_forward(self: nn.Module, *args):
+    # One function for all blocks, bound as a method: compiled blocks share their graph.
+    forward = functools.partial(type(self).forward, self)
+    return checkpoint(forward, *args, use_reentrant=False, **self.checkpoint_options)
+
+
+def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
     """Keep attention's outputs and every second matrix product; recompute the rest.
 
     Products with a weight of one of `recomputed_shapes`, (in, out), are always recomputed.
@@ -79,13 +82,12 @@ def _save_by_op(recomputed_shapes: set[torch.Size]):
     return create_selective_checkpoint_contexts(policy)
 
 
-def _recomputed_shapes(block: nn.Module, config: ActivationCheckpoint) -> set[torch.Size]:
-    patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
-    return {
+def _recomputed_shapes(blocks: nn.Module, patterns: list[str]) -> frozenset[torch.Size]:
+    return frozenset(
         torch.Size(reversed(module.weight.shape))
-        for name, module in block.named_modules()
+        for name, module in blocks.named_modules()
         if isinstance(module, nn.Linear) and any(pattern in name for pattern in patterns)
-    }
+    )
 
 
 def _set_memory_budget(config: ActivationCheckpoint) -> None:

@@ -12,7 +12,8 @@ def apply_compile(model: nn.Module, config: Compile) -> None:
         return
     if "model" in config.components:
         for block in model.layers.values():
-            block.compile(backend=config.backend, fullgraph=True)
+            # Not block.compile(): that would put the hooks FSDP adds later inside the graph.
+            block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=True)
     if "loss" in config.components:
         model.output.loss = torch.compile(
             model.output.loss, backend=config.backend, fullgraph=True

@@ -1,0 +1,169 @@
+"""Every data-parallel layout has the weights and gradients of one process."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.schema import ActivationCheckpoint, Compile, JobConfig, Parallelism, Training
+from torchtitan.distributed.apply import parallelize
+from torchtitan.distributed.fsdp import Precision, fill_parameters, sync_gradients
+from torchtitan.distributed.grad_norm import global_grad_norm
+from torchtitan.distributed.launch import run_ranks
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.models.init import draw, parameter_inits
+from torchtitan.models.llama3 import FLAVORS
+from torchtitan.models.loss import IGNORE_INDEX
+
+CPU = torch.device("cpu")
+SEQUENCES = 12
+
+
+def tiny(**changes):
+    base = replace(FLAVORS["debugmodel"], dim=20, n_layers=3, n_heads=2, n_kv_heads=1, ffn_dim=28)
+    return replace(base, vocab_size=54, seq_len=8, **changes)
+
+
+def global_batch():
+    """Ragged on purpose: some sequences, and so some ranks, have few valid labels or none."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(54, (SEQUENCES, 9), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[:3] = IGNORE_INDEX
+    labels[5, 2:] = IGNORE_INDEX
+    return tokens[:, :-1], labels
+
+
+def gradients(model_config, config, microbatches=1):
+    """Weights, gradients, summed loss and grad norm of one global batch on this rank's layout."""
+    degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
+    with torch.device("meta"):
+        model = model_config.build()
+    inits = parameter_inits(model)
+    parallelize(model, degrees.mesh("cpu"), Precision.resolve(config, CPU), config)
+    fill_parameters(model, CPU, lambda name, shape: draw(name, shape, inits[name], 0, CPU))
+    model.fill_buffers(CPU)
+
+    tokens, labels = (x.chunk(degrees.dp)[dist.get_rank()] for x in global_batch())
+    valid = (global_batch()[1] != IGNORE_INDEX).sum()
+    total = torch.zeros(())
+    each = config.training.sync_gradients_each_microbatch
+    pairs = list(zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True))
+    for i, (inputs, targets) in enumerate(pairs):
+        sync_gradients(model, i == microbatches - 1, each)
+        loss = model(inputs, targets) / valid
+        loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total)
+    norm = global_grad_norm(model.parameters(), CPU)
+    named = list(model.named_parameters())
+    weights = {name: whole(p) for name, p in named}
+    return weights, {name: whole(p.grad) for name, p in named}, total.item(), norm.item()
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def job(replicate=1, shard=-1, reshard="default", training=None, ac="none", compiled=False, **ac_options):
+    return JobConfig(
+        training=Training(**(training or {})),
+        parallelism=Parallelism(
+            data_parallel_replicate_degree=replicate,
+            data_parallel_shard_degree=shard,
+            fsdp_reshard_after_forward=reshard,
+        ),
+        activation_checkpoint=ActivationCheckpoint(mode=ac, **ac_options),
+        compile=Compile(enable=compiled, backend="aot_eager"),
+    )
+
+
+EACH = {"sync_gradients_each_microbatch": True}
+LAYOUTS = {
+    "fsdp2": (2, job(), 1),
+    "fsdp3": (3, job(), 1),
+    "fsdp4": (4, job(), 1),
+    "replicate2": (2, job(2, 1), 1),
+    "hsdp2x2": (4, job(2, 2), 1),
+    "never reshard": (2, job(reshard="never"), 1),
+    "always reshard": (2, job(reshard="always"), 1),
+    "accumulate": (2, job(), 3),
+    "accumulate, reduce each": (2, job(training=EACH), 3),
+    "hsdp2x2, accumulate": (4, job(2, 2), 3),
+    "hsdp2x2, accumulate, reduce each": (4, job(2, 2, training=EACH), 3),
+    "offload": (2, job(training={"enable_cpu_offload": True}), 2),
+    "one rank, offload": (1, job(training={"enable_cpu_offload": True}), 2),
+    "one rank, accumulate": (1, job(), 4),
+    "full ac": (2, job(ac="full"), 1),
+    "every second layer ac": (2, job(ac="selective", selective_ac_option="2"), 1),
+    "by-op ac": (2, job(ac="selective", selective_ac_option="op"), 1),
+    "compile": (2, job(compiled=True), 1),
+    "compile, full ac": (2, job(compiled=True, ac="full"), 1),
+    "compile, by-op ac": (2, job(compiled=True, ac="selective", selective_ac_option="op"), 1),
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def reference(request):
+    config = tiny(enable_weight_tying=request.param)
+    return config, run_ranks(gradients, 1, config, job())[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_equal_one_process(reference, name):
+    model_config, (weights, grads, loss, norm) = reference
+    world_size, config, microbatches = LAYOUTS[name]
+    ranks = run_ranks(gradients, world_size, model_config, config, microbatches)
+    for their_weights, their_grads, their_loss, their_norm in ranks:
+        assert their_norm == ranks[0][3]  # the same bits on every rank
+        assert their_norm == pytest.approx(norm, rel=1e-6)
+        assert their_loss == pytest.approx(loss, rel=1e-6)
+        for key, grad in grads.items():
+            assert torch.equal(their_weights[key], weights[key]), key
+            assert (their_grads[key] - grad).norm() < 1e-5 * grad.norm(), key
+
+
+def test_bfloat16_is_the_same_policy_at_any_world_size():
+    config = job(training={"mixed_precision_param": "bfloat16"})
+    alone = run_ranks(gradients, 1, tiny(), config)[0]
+    ranks = run_ranks(gradients, 2, tiny(), config)
+    for key, grad in alone[1].items():
+        assert grad.dtype == ranks[0][1][key].dtype == torch.float32
+        assert (ranks[0][1][key] - grad).norm() < 2e-2 * grad.norm(), key
+    exact = run_ranks(gradients, 1, tiny(), job())[0]
+    errors = [(alone[1][k] - g).norm() / g.norm() for k, g in exact[1].items()]
+    assert max(errors) > 1e-4  # it did compute in bfloat16
+
+
+def saved_bytes(config):
+    """Bytes that one forward keeps for backward, weights and their views aside."""
+    with torch.device("meta"):
+        model = tiny().build()
+    inits = parameter_inits(model)
+    parallelize(model, Degrees(1, 1).mesh("cpu"), Precision.resolve(config, CPU), config)
+    fill_parameters(model, CPU, lambda name, shape: draw(name, shape, inits[name], 0, CPU))
+    model.fill_buffers(CPU)
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so addresses stay apart
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*global_batch())
+    return sum(size for size, _ in kept.values())
+
+
+def test_checkpointing_saves_memory():
+    modes = [
+        job(),
+        job(ac="selective", selective_ac_option="2"),
+        job(ac="full"),
+    ]
+    sizes = [run_ranks(saved_bytes, 1, config)[0] for config in modes]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3, sizes
