@@ -1,5 +1,6 @@
 """What is wrong with a run's inputs, in words a user can act on."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ class Fault:
     """File and line the value came from, or 'command line'; empty where unknown."""
 
     def __str__(self) -> str:
-        head = self.setting if self.value is None else f"{self.setting} = {self.value!r}"
+        head = self.setting
+        if self.value is not None:  # shown as TOML spells it: true, "text"
+            head += f" = {json.dumps(self.value, ensure_ascii=False, default=str)}"
         where = f" ({self.source})" if self.source else ""
         return f"{head}{where}: {self.reason}" + (f" {self.remedy}" if self.remedy else "")
 

@@ -1,0 +1,309 @@
+"""Can the values of a config work, alone and together? One named rule an invariant.
+
+Rules that need the number of ranks are in distributed/mesh.py, those of a model's shape in
+models/decoder.py (`update_from_config`), and those of data and tokenizer in data.
+"""
+
+from collections.abc import Callable, Iterator
+
+from torchtitan.config.faults import Fault
+from torchtitan.config.names import leaf_keys, nearest
+from torchtitan.config.not_built import refusals
+from torchtitan.config.schema import JobConfig
+
+LEAST = {
+    "checkpoint.interval": 1,
+    "checkpoint.keep_latest_k": 0,
+    "checkpoint.load_step": -1,
+    "comm.init_timeout_seconds": 1,
+    "comm.trace_buf_size": 0,
+    "comm.train_timeout_seconds": 1,
+    "debug.seed": 0,
+    "lr_scheduler.total_steps": 1,
+    "lr_scheduler.warmup_steps": 0,
+    "metrics.log_freq": 1,
+    "optimizer.eps": 0,
+    "optimizer.lr": 0,
+    "optimizer.weight_decay": 0,
+    "parallelism.context_parallel_degree": 1,
+    "parallelism.data_parallel_replicate_degree": 1,
+    "parallelism.expert_parallel_degree": 1,
+    "parallelism.expert_tensor_parallel_degree": 1,
+    "parallelism.pipeline_parallel_degree": 1,
+    "parallelism.pipeline_parallel_first_stage_less_layers": 0,
+    "parallelism.pipeline_parallel_last_stage_less_layers": 0,
+    "parallelism.pipeline_parallel_layers_per_stage": 1,
+    "parallelism.pipeline_parallel_microbatch_size": 1,
+    "parallelism.tensor_parallel_degree": 1,
+    "profiling.profile_freq": 1,
+    "profiling.profiler_active": 1,
+    "profiling.profiler_warmup": 0,
+    "training.dataloader.num_workers": 0,
+    "training.dataloader.prefetch_factor": 1,
+    "training.gc_freq": 1,
+    "training.local_batch_size": 1,
+    "training.max_skipped_steps": 1,
+    "training.seq_len": 1,
+    "training.steps": 1,
+    "validation.dataloader.num_workers": 0,
+    "validation.dataloader.prefetch_factor": 1,
+    "validation.freq": 1,
+    "validation.local_batch_size": 1,
+    "validation.seq_len": 1,
+}
+"""The least value of keys that count something."""
+
+AT_LEAST_ONE_OR_ALL = (
+    "parallelism.data_parallel_shard_degree",
+    "training.global_batch_size",
+    "validation.steps",
+)
+"""Keys that are 1 or more, or -1 for all there is."""
+
+FRACTIONS = (
+    "activation_checkpoint.memory_budget",
+    "lr_scheduler.decay_ratio",
+    "lr_scheduler.min_lr_factor",
+)
+"""Keys from 0 to 1."""
+
+CHOICES = {
+    "activation_checkpoint.determinism_check": ("default", "none"),
+    "compile.components": ("model", "loss"),
+    "checkpoint.exclude_from_loading": ("optimizer", "lr_scheduler", "dataloader", "train_state"),
+    "fault_tolerance.process_group": ("gloo", "nccl"),
+    "fault_tolerance.semi_sync_method": ("local_sgd", "diloco"),
+    "model.converters": (
+        "float8",  # upstream's own 405B file says so; it means quantize.linear.float8
+        "quantize.linear.float8",
+        "quantize.linear.mx",
+        "quantize.grouped_mm.float8",
+        "quantize.grouped_mm.mx",
+    ),
+    "optimizer.name": ("Adam", "AdamW"),
+    "parallelism.context_parallel_load_balancer": ("headtail", "ptrr"),
+}
+"""Keys, or lists of them, whose values upstream left open and that know only these."""
+
+
+def check_config(config: JobConfig) -> list[Fault]:
+    """Everything about the config that cannot work on any number of ranks, or is not built."""
+    return [fault for rule in RULES for fault in rule(config)]
+
+
+def counts_are_large_enough(config: JobConfig) -> Iterator[Fault]:
+    values = leaf_keys(config)
+    for key, least in LEAST.items():
+        value = values[key]
+        if value is not None and not value >= least:
+            yield Fault(key, f"must be at least {least}.", value=value)
+
+
+def counts_of_all_are_positive_or_minus_one(config: JobConfig) -> Iterator[Fault]:
+    values = leaf_keys(config)
+    for key in AT_LEAST_ONE_OR_ALL:
+        if values[key] < 1 and values[key] != -1:
+            yield Fault(key, "must be at least 1, or -1.", value=values[key])
+
+
+def fractions_are_between_0_and_1(config: JobConfig) -> Iterator[Fault]:
+    values = leaf_keys(config)
+    for key in FRACTIONS:
+        if values[key] is not None and not 0 <= values[key] <= 1:
+            yield Fault(key, "must be from 0 to 1.", value=values[key])
+
+
+def names_are_known(config: JobConfig) -> Iterator[Fault]:
+    values = leaf_keys(config)
+    for key, choices in CHOICES.items():
+        given = values[key] if isinstance(values[key], list) else [values[key]]
+        for name in given:
+            if name is not None and name not in choices:
+                near = nearest(name, choices)
+                remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(choices)}."
+                yield Fault(key, "no such name.", remedy, value=name)
+
+
+def betas_are_below_1(config: JobConfig) -> Iterator[Fault]:
+    for key in ("beta1", "beta2"):
+        beta = getattr(config.optimizer, key)
+        if not 0 <= beta < 1:
+            yield Fault(f"optimizer.{key}", "must be at least 0 and below 1.", value=beta)
+
+
+def max_norm_is_positive(config: JobConfig) -> Iterator[Fault]:
+    max_norm = config.training.max_norm
+    if not max_norm > 0:
+        reason = "would scale every gradient to nothing."
+        yield Fault("training.max_norm", reason, "Use inf for no clipping.", max_norm)
+
+
+def tokenizer_is_a_folder(config: JobConfig) -> Iterator[Fault]:
+    path = config.model.hf_assets_path
+    if path.endswith("tokenizer.model"):
+        reason = "files of tiktoken and SentencePiece are not read."
+        remedy = "Give the folder that has tokenizer.json."
+        yield Fault("model.hf_assets_path", reason, remedy, path)
+
+
+def dataset_path_replaces_one_dataset(config: JobConfig) -> Iterator[Fault]:
+    training = config.training
+    if training.dataset_path is not None and not isinstance(training.dataset, str):
+        reason = "has no meaning where training.dataset is a list of sources."
+        remedy = "Give each source its own path."
+        yield Fault("training.dataset_path", reason, remedy, training.dataset_path)
+
+
+def global_batch_holds_whole_microbatches(config: JobConfig) -> Iterator[Fault]:
+    training, parallelism = config.training, config.parallelism
+    local, size = training.local_batch_size, training.global_batch_size
+    # A shard degree of -1 depends on the number of ranks: mesh.py checks the whole.
+    ranks = parallelism.data_parallel_replicate_degree
+    ranks *= max(1, parallelism.data_parallel_shard_degree)
+    if size > 0 and local > 0 and ranks > 0 and size % (local * ranks):
+        reason = f"is not a multiple of training.local_batch_size = {local}"
+        reason += f" times {ranks} data-parallel ranks." if ranks > 1 else "."
+        below = size // (local * ranks) * local * ranks
+        above = below + local * ranks
+        remedy = f"Use {f'{below} or ' if below else ''}{above}."
+        yield Fault("training.global_batch_size", reason, remedy, size)
+
+
+def workers_have_their_settings(config: JobConfig) -> Iterator[Fault]:
+    for section in ("training", "validation"):
+        loader = getattr(config, section).dataloader
+        if loader.num_workers > 0:
+            continue
+        reason = f"needs workers, and {section}.dataloader.num_workers is 0."
+        if loader.persistent_workers:
+            yield Fault(f"{section}.dataloader.persistent_workers", reason, value=True)
+        if loader.prefetch_factor is not None:
+            key = f"{section}.dataloader.prefetch_factor"
+            yield Fault(key, reason, value=loader.prefetch_factor)
+
+
+def selective_ac_option_is_op_or_a_number(config: JobConfig) -> Iterator[Fault]:
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isascii() and option.isdigit() and int(option) > 0):
+        reason = 'must be "op", or every how many layers one is recomputed, as "2".'
+        yield Fault("activation_checkpoint.selective_ac_option", reason, value=option)
+
+
+def memory_budget_needs_a_compiled_model(config: JobConfig) -> Iterator[Fault]:
+    compiled = config.compile.enable and "model" in config.compile.components
+    if config.activation_checkpoint.mode == "memory_budget" and not compiled:
+        reason = "is a choice of the compiler, and the model is not compiled."
+        remedy = 'Set compile.enable = true with "model" in compile.components.'
+        yield Fault("activation_checkpoint.mode", reason, remedy, "memory_budget")
+
+
+def profiler_fits_its_cycle(config: JobConfig) -> Iterator[Fault]:
+    profiling = config.profiling
+    needed = profiling.profiler_warmup + profiling.profiler_active
+    if profiling.enable_profiling and profiling.profile_freq < needed:
+        reason = f"is less than profiler_warmup + profiler_active = {needed}."
+        yield Fault("profiling.profile_freq", reason, value=profiling.profile_freq)
+
+
+def more_than_one_checkpoint_is_kept(config: JobConfig) -> Iterator[Fault]:
+    if config.checkpoint.keep_latest_k == 1:
+        reason = "the only checkpoint would be the one being written."
+        yield Fault("checkpoint.keep_latest_k", reason, "Use 2 or more, or 0 for all.", 1)
+
+
+def hugging_face_checkpoints_hold_the_model_only(config: JobConfig) -> Iterator[Fault]:
+    checkpoint = config.checkpoint
+    reason = "Hugging Face files hold weights alone"
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        remedy = "Set checkpoint.initial_load_model_only = true."
+        yield Fault("checkpoint.initial_load_in_hf", f"{reason}.", remedy, True)
+    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
+        remedy = "Set checkpoint.last_save_model_only = true."
+        yield Fault("checkpoint.last_save_in_hf", f"{reason}.", remedy, True)
+    if checkpoint.initial_load_in_hf_quantized and not checkpoint.initial_load_in_hf:
+        remedy = "Set checkpoint.initial_load_in_hf = true."
+        key = "checkpoint.initial_load_in_hf_quantized"
+        yield Fault(key, "says how Hugging Face files are read, and none are.", remedy, True)
+
+
+def seed_checkpoint_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
+    if config.checkpoint.create_seed_checkpoint and not config.checkpoint.enable:
+        remedy = "Set checkpoint.enable = true."
+        yield Fault("checkpoint.create_seed_checkpoint", "nothing is saved.", remedy, True)
+
+
+def early_step_needs_plain_backward(config: JobConfig) -> Iterator[Fault]:
+    if not config.optimizer.early_step_in_backward:
+        return
+    others = {
+        "parallelism.pipeline_parallel_degree": config.parallelism.pipeline_parallel_degree > 1,
+        "parallelism.expert_parallel_degree": config.parallelism.expert_parallel_degree > 1,
+        "fault_tolerance.enable": config.fault_tolerance.enable,
+    }
+    for other in (key for key, used in others.items() if used):
+        reason = f"cannot be combined with {other}."
+        yield Fault("optimizer.early_step_in_backward", reason, value=True)
+
+
+def experts_are_split_by_tensor_degree(config: JobConfig) -> Iterator[Fault]:
+    parallelism = config.parallelism
+    etp, tp = parallelism.expert_tensor_parallel_degree, parallelism.tensor_parallel_degree
+    if parallelism.expert_parallel_degree > 1 and etp not in (1, tp):
+        reason = f"must be 1 or parallelism.tensor_parallel_degree = {tp}."
+        yield Fault("parallelism.expert_tensor_parallel_degree", reason, value=etp)
+
+
+def async_tensor_parallel_needs_a_compiled_model(config: JobConfig) -> Iterator[Fault]:
+    compiled = config.compile.enable and "model" in config.compile.components
+    if config.parallelism.enable_async_tensor_parallel and not compiled:
+        reason = "is done by the compiler, and the model is not compiled."
+        remedy = 'Set compile.enable = true with "model" in compile.components.'
+        yield Fault("parallelism.enable_async_tensor_parallel", reason, remedy, True)
+
+
+def pipeline_splits_the_batch_evenly(config: JobConfig) -> Iterator[Fault]:
+    parallelism, local = config.parallelism, config.training.local_batch_size
+    size = parallelism.pipeline_parallel_microbatch_size
+    if parallelism.pipeline_parallel_degree > 1 and size > 0 and local % size:
+        reason = f"does not divide training.local_batch_size = {local}."
+        yield Fault("parallelism.pipeline_parallel_microbatch_size", reason, value=size)
+
+
+def emulated_float8_is_not_compiled(config: JobConfig) -> Iterator[Fault]:
+    used = {"float8", "quantize.linear.float8"} & set(config.model.converters)
+    if used and config.quantize.linear.float8.emulate and config.compile.enable:
+        reason = "cannot be combined with compile.enable."
+        yield Fault("quantize.linear.float8.emulate", reason, value=True)
+
+
+def warnings_need_determinism(config: JobConfig) -> Iterator[Fault]:
+    if config.debug.deterministic_warn_only and not config.debug.deterministic:
+        reason = "has no effect without debug.deterministic."
+        yield Fault("debug.deterministic_warn_only", reason, value=True)
+
+
+RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
+    counts_are_large_enough,
+    counts_of_all_are_positive_or_minus_one,
+    fractions_are_between_0_and_1,
+    names_are_known,
+    betas_are_below_1,
+    max_norm_is_positive,
+    tokenizer_is_a_folder,
+    dataset_path_replaces_one_dataset,
+    global_batch_holds_whole_microbatches,
+    workers_have_their_settings,
+    selective_ac_option_is_op_or_a_number,
+    memory_budget_needs_a_compiled_model,
+    profiler_fits_its_cycle,
+    more_than_one_checkpoint_is_kept,
+    hugging_face_checkpoints_hold_the_model_only,
+    seed_checkpoint_needs_checkpoints,
+    early_step_needs_plain_backward,
+    experts_are_split_by_tensor_degree,
+    async_tensor_parallel_needs_a_compiled_model,
+    pipeline_splits_the_batch_evenly,
+    emulated_float8_is_not_compiled,
+    warnings_need_determinism,
+    refusals,
+)

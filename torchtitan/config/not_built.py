@@ -1,0 +1,145 @@
+"""What does the schema know that the code does not do yet? One row a feature, refused by name."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torchtitan.config.extensions import UPSTREAM_PARTS
+from torchtitan.config.faults import Fault
+from torchtitan.config.names import leaf_keys
+from torchtitan.config.schema import JobConfig
+
+PLANNED = "planned"
+OUT_OF_SCOPE = "out of scope for now"
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """A feature, the switches that ask for it, and the settings that mean nothing without it."""
+
+    feature: str
+    status: str
+    switches: tuple[str, ...]
+    """Keys that are refused where they differ from their default."""
+    settings: tuple[str, ...] = ()
+    """Keys, or sections, accepted whatever they say: they have no effect while the switches are off."""
+    refused: tuple[Any, ...] | None = None
+    """The values refused; None is every value but the default."""
+
+
+NOT_BUILT = (
+    NotBuilt(
+        "tensor parallelism",
+        PLANNED,
+        ("parallelism.tensor_parallel_degree", "parallelism.enable_async_tensor_parallel"),
+        ("parallelism.enable_sequence_parallel", "parallelism.disable_loss_parallel"),
+    ),
+    NotBuilt(
+        "pipeline parallelism",
+        PLANNED,
+        ("parallelism.pipeline_parallel_degree",),
+        (
+            "parallelism.module_fqns_per_model_part",
+            "parallelism.pipeline_parallel_first_stage_less_layers",
+            "parallelism.pipeline_parallel_last_stage_less_layers",
+            "parallelism.pipeline_parallel_layers_per_stage",
+            "parallelism.pipeline_parallel_schedule",
+            "parallelism.pipeline_parallel_schedule_csv",
+            "parallelism.pipeline_parallel_microbatch_size",
+        ),
+    ),
+    NotBuilt(
+        "context parallelism",
+        PLANNED,
+        ("parallelism.context_parallel_degree",),
+        (
+            "parallelism.context_parallel_load_balancer",
+            "parallelism.context_parallel_rotate_method",
+        ),
+    ),
+    NotBuilt(
+        "expert parallelism",
+        PLANNED,
+        ("parallelism.expert_parallel_degree",),
+        (
+            "parallelism.expert_tensor_parallel_degree",
+            "parallelism.expert_parallel_comm_backend",
+            "parallelism.pipeline_parallel_expert_parallel_overlap",
+        ),
+    ),
+    NotBuilt("mixture of experts", PLANNED, ("debug.moe_force_load_balance",)),
+    NotBuilt(
+        "quantized training",
+        PLANNED,
+        ("model.converters",),
+        ("model.print_after_conversion", "quantize"),
+    ),
+    NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
+    NotBuilt("asynchronous checkpointing", PLANNED, ("checkpoint.async_mode",)),
+    NotBuilt("the seed checkpoint", PLANNED, ("checkpoint.create_seed_checkpoint",)),
+    NotBuilt(
+        "reading and writing Hugging Face weights",
+        PLANNED,
+        (
+            "checkpoint.initial_load_in_hf",
+            "checkpoint.initial_load_in_hf_quantized",
+            "checkpoint.last_save_in_hf",
+        ),
+    ),
+    NotBuilt("training without real communication", PLANNED, ("comm.mode",)),
+    NotBuilt(
+        "memory estimation",
+        PLANNED,
+        ("memory_estimation.enable",),
+        ("memory_estimation.disable_fake_mode",),
+    ),
+    NotBuilt(
+        "this model family",
+        PLANNED,
+        ("model.name",),
+        refused=("deepseek_v3", "gpt_oss", "llama4", "mixtral", "qwen3"),
+    ),
+    NotBuilt(
+        "this model family",
+        OUT_OF_SCOPE,
+        ("model.name",),
+        refused=(
+            "flux",
+            "llama3_ft",
+            "vlm",
+            "transformers_modeling_backend",
+            "simple_fsdp.llama3",
+            "simple_fsdp.deepseek_v3",
+            "compiler_toolkit.llama3",
+            "compiler_toolkit.deepseek_v3",
+            "autoparallel.llama3",
+            "autoparallel.deepseek_v3",
+        ),
+    ),
+    NotBuilt(
+        "this upstream module",
+        OUT_OF_SCOPE,
+        ("job.custom_config_module",),
+        refused=tuple(UPSTREAM_PARTS),
+    ),
+    NotBuilt("the transformers backend", OUT_OF_SCOPE, ("hf_transformers.model",)),
+    NotBuilt(
+        "TorchFT",
+        OUT_OF_SCOPE,
+        ("fault_tolerance.enable", "checkpoint.enable_ft_dataloader_checkpoints"),
+        ("fault_tolerance",),
+    ),
+)
+"""A step that builds a feature deletes its row; docs/configuration.md lists them, a test compares."""
+
+
+def refusals(config: JobConfig) -> Iterator[Fault]:
+    """A fault for every key that asks for a feature that is not built."""
+    values, defaults = leaf_keys(config), leaf_keys(JobConfig)
+    for row in NOT_BUILT:
+        for key in row.switches:
+            value, default = values[key], defaults[key]
+            if value in row.refused if row.refused else value != default:
+                reason = f"{row.feature} is not built ({row.status})."
+                yield Fault(key, reason, f"Use {json.dumps(default)}.", value)
