@@ -1,4 +1,4 @@
-"""Which keys does job.custom_config_module add? A user's module, or one that upstream's files name."""
+"""Which keys does job.custom_config_module add? The user's own, or those of an upstream module."""
 
 import dataclasses
 import importlib
@@ -86,7 +86,7 @@ def extended_schema(module: str) -> tuple[type[JobConfig], list[Fault]]:
 
 
 def merge_schema(base: type, extension: type) -> type:
-    """The base with the extension's fields. Sections in both are merged; else the extension wins."""
+    """The base with the extension's fields. Sections in both merge; else the extension wins."""
     base_kinds, kinds = key_types(base), key_types(extension)
     merged: list[tuple[str, Any, Any]] = []
     for key in dataclasses.fields(extension):

@@ -48,7 +48,7 @@ def _wrong_type(key: str, value: Any, kind: Any, file: TomlFile) -> Fault:
 
 
 def _unknown(key: str, value: Any, file: TomlFile, known: dict) -> Iterator[Fault]:
-    """One fault for an unknown key; for an unknown section one, or one a key that has a new name."""
+    """A fault for an unknown key; for an unknown section one, and one a key that was renamed."""
     if not isinstance(value, dict):
         yield Fault(key, "no such key.", suggest(key, known), source=file.source(key))
         return

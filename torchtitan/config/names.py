@@ -46,7 +46,7 @@ REPLACED = {
     "training.guidance": "It was a key of Flux.",
     "training.warmup_pct": "Write lr_scheduler.warmup_steps, in steps.",
 }
-"""Keys that older releases of upstream had, and what to do instead where no one key replaced them."""
+"""Keys that older releases of upstream had, and what to do now that no one key replaces them."""
 
 
 def leaf_keys(section: Any, prefix: str = "") -> dict[str, Any]:

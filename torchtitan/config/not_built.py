@@ -23,7 +23,7 @@ class NotBuilt:
     switches: tuple[str, ...]
     """Keys that are refused where they differ from their default."""
     settings: tuple[str, ...] = ()
-    """Keys, or sections, accepted whatever they say: they have no effect while the switches are off."""
+    """Keys, or sections, without effect while the switches are off: accepted whatever they say."""
     refused: tuple[Any, ...] | None = None
     """The values refused; None is every value but the default."""
 
@@ -131,7 +131,7 @@ NOT_BUILT = (
         ("fault_tolerance",),
     ),
 )
-"""A step that builds a feature deletes its row; docs/configuration.md lists them, a test compares."""
+"""Whoever builds a feature deletes its row here and in docs/configuration.md (a test compares)."""
 
 
 def refusals(config: JobConfig) -> Iterator[Fault]:

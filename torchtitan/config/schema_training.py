@@ -146,7 +146,7 @@ class Training:
     """Dtype parameters are created and updated in."""
 
     mixed_precision_param: Literal["bfloat16", "float32"] | None = None
-    """Dtype of computation; not set: bfloat16, or float32 where the device is slow in bfloat16 (CPUs)."""
+    """Dtype of computation; unset is bfloat16, or float32 on a device slow in bfloat16 (CPUs)."""
 
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Dtype gradients are reduced in."""

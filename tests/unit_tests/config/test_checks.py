@@ -1,0 +1,274 @@
+"""Each rule of checks.py: refused on the wrong side of its line, accepted on the right one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import checks
+from torchtitan.config.checks import check_config
+from torchtitan.config.manager import load_config
+from torchtitan.config.names import leaf_keys, section_names
+from torchtitan.config.not_built import NOT_BUILT
+from torchtitan.config.schema import JobConfig
+
+ROOT = Path(__file__).parents[3]
+OUR_FILES = sorted((ROOT / "train_configs").glob("*/*.toml"))
+UPSTREAM_LLAMA3 = sorted((ROOT.parent / "shared" / "upstream_toml").glob("llama3_*.toml"))
+KEYS = leaf_keys(JobConfig)
+
+
+def refused(line: str) -> set[str]:
+    """Keys that the checks refuse, given what the command line sets."""
+    return {fault.setting for fault in check_config(load_config(line.split()))}
+
+
+def test_the_defaults_work():
+    assert check_config(JobConfig()) == []
+
+
+@pytest.mark.parametrize("file", OUR_FILES, ids=lambda file: file.stem)
+def test_our_files_work(file):
+    assert refused(f"--job.config_file {file}") == set()
+
+
+TENSOR = "parallelism.tensor_parallel_degree"
+UPSTREAM_REFUSED = {
+    "llama3_70b": {TENSOR},
+    "llama3_405b": {TENSOR, "parallelism.enable_async_tensor_parallel", "model.converters"},
+}
+
+
+@pytest.mark.parametrize("file", UPSTREAM_LLAMA3, ids=lambda file: file.stem)
+def test_upstreams_files_are_refused_for_what_is_not_built_alone(file):
+    assert refused(f"--job.config_file {file}") == UPSTREAM_REFUSED.get(file.stem, set())
+
+
+@pytest.mark.parametrize("key", checks.LEAST)
+def test_counts_below_their_least_are_refused(key):
+    least = checks.LEAST[key]
+    assert key in refused(f"--{key} {least - 1}")
+    at_least = check_config(load_config([f"--{key}", str(least)]))
+    assert not [fault for fault in at_least if fault.reason.startswith("must be at least")]
+
+
+@pytest.mark.parametrize("key", checks.AT_LEAST_ONE_OR_ALL)
+def test_minus_one_is_all_and_nothing_else_below_one(key):
+    assert key in refused(f"--{key} 0")
+    assert key in refused(f"--{key} -2")
+    assert key not in refused(f"--{key} -1")
+    assert key not in refused(f"--{key} 8")
+
+
+@pytest.mark.parametrize("key", checks.FRACTIONS)
+def test_fractions(key):
+    assert [key in refused(f"--{key} {value}") for value in ("-.1", 0, 1, 1.1, "nan")] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("key", checks.CHOICES)
+def test_unknown_names_are_refused(key):
+    (fault,) = [f for f in check_config(load_config([f"--{key}", "qwerty"])) if f.value == "qwerty"]
+    assert fault.setting == key
+    for choice in checks.CHOICES[key]:
+        reasons = [fault.reason for fault in check_config(load_config([f"--{key}", choice]))]
+        assert "no such name." not in reasons
+
+
+def test_a_misspelt_name_is_answered_with_the_right_one():
+    (fault,) = check_config(load_config(["--optimizer.name", "AdmaW"]))
+    assert str(fault) == 'optimizer.name = "AdmaW": no such name. Did you mean "AdamW"?'
+
+
+COMPILED = "--compile.enable"
+COMBINATIONS = [
+    # what is refused, the command line, the same made right
+    ("optimizer.beta1", "--optimizer.beta1 1", "--optimizer.beta1 0"),
+    ("optimizer.beta2", "--optimizer.beta2 -.1", "--optimizer.beta2 .999"),
+    ("training.max_norm", "--training.max_norm 0", "--training.max_norm inf"),
+    (
+        "model.hf_assets_path",
+        "--model.hf_assets_path a/tokenizer.model",
+        "--model.hf_assets_path a",
+    ),
+    (
+        "training.dataset_path",
+        '--training.dataset {path="a"} --training.dataset_path b',
+        "--training.dataset c4 --training.dataset_path b",
+    ),
+    (
+        "training.global_batch_size",
+        "--training.global_batch_size 12",
+        "--training.global_batch_size 16",
+    ),
+    (
+        "training.global_batch_size",
+        "--training.global_batch_size 16 --parallelism.data_parallel_shard_degree 4",
+        "--training.global_batch_size 32 --parallelism.data_parallel_shard_degree 4",
+    ),
+    (
+        "training.dataloader.persistent_workers",
+        "--training.dataloader.persistent_workers",
+        "--training.dataloader.persistent_workers --training.dataloader.num_workers 1",
+    ),
+    (
+        "validation.dataloader.prefetch_factor",
+        "--validation.dataloader.prefetch_factor 2",
+        "--validation.dataloader.prefetch_factor 2 --validation.dataloader.num_workers 1",
+    ),
+    (
+        "activation_checkpoint.selective_ac_option",
+        "--activation_checkpoint.selective_ac_option 0",
+        "--activation_checkpoint.selective_ac_option 1",
+    ),
+    (
+        "activation_checkpoint.selective_ac_option",
+        "--activation_checkpoint.selective_ac_option ops",
+        "--activation_checkpoint.selective_ac_option op",
+    ),
+    (
+        "activation_checkpoint.mode",
+        f"--activation_checkpoint.mode memory_budget {COMPILED} --compile.components loss",
+        f"--activation_checkpoint.mode memory_budget {COMPILED}",
+    ),
+    (
+        "profiling.profile_freq",
+        "--profiling.enable_profiling --profiling.profile_freq 3",
+        "--profiling.enable_profiling --profiling.profile_freq 4",
+    ),
+    ("checkpoint.keep_latest_k", "--checkpoint.keep_latest_k 1", "--checkpoint.keep_latest_k 2"),
+    (
+        "debug.deterministic_warn_only",
+        "--debug.deterministic_warn_only",
+        "--debug.deterministic_warn_only --debug.deterministic",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "wrong", "right"), COMBINATIONS, ids=[c[1] for c in COMBINATIONS])
+def test_combinations(key, wrong, right):
+    assert refused(wrong) == {key}
+    assert refused(right) == set()
+
+
+NOT_BUILT_COMBINATIONS = [
+    # the rule's key and reason; the switch itself is refused as well, as not built
+    (
+        "checkpoint.initial_load_in_hf",
+        "weights alone",
+        "--checkpoint.initial_load_in_hf --checkpoint.no_initial_load_model_only",
+    ),
+    (
+        "checkpoint.last_save_in_hf",
+        "weights alone",
+        "--checkpoint.last_save_in_hf --checkpoint.no_last_save_model_only",
+    ),
+    (
+        "checkpoint.initial_load_in_hf_quantized",
+        "none are",
+        "--checkpoint.initial_load_in_hf_quantized",
+    ),
+    (
+        "checkpoint.create_seed_checkpoint",
+        "nothing is saved",
+        "--checkpoint.create_seed_checkpoint",
+    ),
+    (
+        "optimizer.early_step_in_backward",
+        "parallelism.expert_parallel_degree",
+        "--optimizer.early_step_in_backward --parallelism.expert_parallel_degree 2",
+    ),
+    (
+        "parallelism.expert_tensor_parallel_degree",
+        "must be 1 or",
+        "--parallelism.expert_parallel_degree 2 --parallelism.expert_tensor_parallel_degree 2",
+    ),
+    (
+        "parallelism.enable_async_tensor_parallel",
+        "not compiled",
+        "--parallelism.enable_async_tensor_parallel",
+    ),
+    (
+        "parallelism.pipeline_parallel_microbatch_size",
+        "does not divide",
+        "--parallelism.pipeline_parallel_degree 2"
+        " --parallelism.pipeline_parallel_microbatch_size 3",
+    ),
+    (
+        "quantize.linear.float8.emulate",
+        "compile.enable",
+        f"--model.converters float8 --quantize.linear.float8.emulate {COMPILED}",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "reason", "wrong"), NOT_BUILT_COMBINATIONS, ids=[c[0] for c in NOT_BUILT_COMBINATIONS]
+)
+def test_combinations_of_what_is_not_built(key, reason, wrong):
+    faults = check_config(load_config(wrong.split()))
+    assert [fault for fault in faults if fault.setting == key and reason in fault.reason]
+
+
+def test_expert_tensor_parallelism_is_free_without_experts_spread():
+    """Upstream's llama4 files say expert_tensor_parallel_degree = 8 beside a degree of 1."""
+    assert refused("--parallelism.expert_tensor_parallel_degree 8") == set()
+
+
+def other_values(key: str, row) -> list[str]:
+    """Command-line words that set a switch to something its row refuses."""
+    default = KEYS[key]
+    if row.refused:
+        return [f"--{key}={value}" for value in row.refused]
+    if isinstance(default, bool):
+        section, _, name = key.rpartition(".")
+        return [f"--{section}.no_{name}" if default else f"--{key}"]
+    if isinstance(default, list):
+        return [f"--{key}=float8"]
+    literal = {"comm.mode": "fake_backend", "checkpoint.async_mode": "async"}
+    return [f"--{key}={2 if isinstance(default, int) else literal.get(key, 'x')}"]
+
+
+SWITCHES = [
+    (key, word, row) for row in NOT_BUILT for key in row.switches for word in other_values(key, row)
+]
+
+
+@pytest.mark.parametrize(("key", "word", "row"), SWITCHES, ids=[case[1] for case in SWITCHES])
+def test_what_is_not_built_is_refused_by_name(key, word, row):
+    faults = check_config(load_config([word]))
+    (fault,) = [fault for fault in faults if "is not built" in fault.reason]
+    assert fault.setting == key
+    assert row.feature in fault.reason
+
+
+def test_the_table_names_keys_that_exist():
+    for row in NOT_BUILT:
+        assert set(row.switches) <= set(KEYS)
+        assert set(row.settings) <= {*KEYS, *section_names(KEYS)}
+
+
+def test_the_docs_list_what_is_not_built():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    table = text.split("## Not built yet")[1]
+    documented = {
+        (key, cells[1].strip())
+        for line in table.splitlines()
+        if line.startswith("| `") and (cells := line.strip("|").split("|"))
+        for key in re.findall(r"`([^`=]+)`", cells[0])
+    }
+    assert documented == {(key, row.status) for row in NOT_BUILT for key in row.switches}
+
+
+def test_values_in_messages_are_spelt_as_in_toml():
+    (fault,) = check_config(load_config(["--memory_estimation.enable"]))
+    assert str(fault) == (
+        "memory_estimation.enable = true: memory estimation is not built (planned). Use false."
+    )
+    assert json.loads(str(fault).rpartition("Use ")[2].rstrip(".")) is False
