@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.schema import ActivationCheckpoint, Compile, JobConfig, Parallelism, Training
+from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.distributed.apply import parallelize
 from torchtitan.distributed.fsdp import Precision, fill_parameters, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
@@ -15,7 +16,6 @@ from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.models.llama3 import FLAVORS
-from torchtitan.models.loss import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 SEQUENCES = 12
@@ -56,8 +56,7 @@ def gradients(model_config, config, microbatches=1):
         loss = model(inputs, targets) / valid
         loss.backward()
         total += loss.detach()
-    dist.all_reduce(total)
-    norm = global_grad_norm(model.parameters(), CPU)
+    norm, total = global_grad_norm(model.parameters(), total)
     named = list(model.named_parameters())
     weights = {name: whole(p) for name, p in named}
     return weights, {name: whole(p.grad) for name, p in named}, total.item(), norm.item()

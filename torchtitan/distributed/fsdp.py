@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.comm import has_fast_bfloat16
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Precision:
         training = config.training
         compute = training.mixed_precision_param
         if compute is None:
-            compute = "float32" if device.type == "cpu" else "bfloat16"
+            compute = "bfloat16" if has_fast_bfloat16(device) else "float32"
         return cls(
             getattr(torch, training.dtype),
             getattr(torch, compute),

@@ -212,7 +212,7 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """tokens, labels (B, L) int64 -> logits (B, L, V), or the summed loss where labels are given.
 
-        The sum is over labels other than IGNORE_INDEX, fp32, a scalar.
+        The sum is over labels other than -100, fp32, a scalar.
         """
         if documents is None:
             rope, mask = self.rope[None, : tokens.shape[1]], None

@@ -3,20 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-IGNORE_INDEX = -100
-"""Label of a token that is not trained on."""
-
-
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Sum over the valid labels of the cross-entropy of softmax(hidden @ weight.T), fp32 scalar.
 
-    hidden (..., D) and weight (V, D) in the compute dtype, labels (...) int64; a label of
-    IGNORE_INDEX counts nothing, and no valid label at all gives zero. The caller divides by the
-    number of valid labels in the whole global batch, which no single call can know.
+    hidden (..., D) and weight (V, D) in the compute dtype, labels (...) int64; a label of -100,
+    PyTorch's default, counts nothing, and no valid label at all gives zero. The caller divides by
+    the number of valid labels in the whole global batch, which no single call can know.
     """
     logits = F.linear(hidden.flatten(0, -2), weight)
-    return F.cross_entropy(
-        logits.float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+    return F.cross_entropy(logits.float(), labels.flatten(), reduction="sum")

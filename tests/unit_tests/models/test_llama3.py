@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.models.llama3 import FLAVORS
-from torchtitan.models.loss import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,154 @@
+"""One config gives the same run on any data-parallel layout, and resuming equals never stopping."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.manager import load_config
+from torchtitan.data.batch import batch_hash
+from torchtitan.distributed.comm import World
+from torchtitan.distributed.launch import run_ranks
+from torchtitan.observability.watchdog import Watchdog
+from torchtitan.preflight import prepare
+from torchtitan.trainer import NonFinite, Trainer
+
+CPU = torch.device("cpu")
+STEPS = 6
+COMMON = {
+    "model.flavor": "debugmodel",
+    "model.overrides.dim": 32,
+    "model.overrides.n_layers": 2,
+    "model.overrides.n_heads": 2,
+    "model.overrides.n_kv_heads": 1,
+    "model.overrides.ffn_dim": 48,
+    "training.seq_len": 32,
+    "training.steps": STEPS,
+    "training.global_batch_size": 12,
+    "training.local_batch_size": 1,
+    "lr_scheduler.warmup_steps": 2,
+    "metrics.log_freq": 1,
+    "debug.seed": 7,
+}
+
+
+class RecordingTrainer(Trainer):
+    """Keeps what a run did, for comparison with another."""
+
+    def run(self):
+        self.batches, self.states = [], []
+        self.initial = {name: whole(p) for name, p in self.model.named_parameters()}
+        super().run()
+        self.final = {name: whole(p) for name, p in self.model.named_parameters()}
+
+    def _next_batch(self):
+        batch = super()._next_batch()
+        if batch is not None:
+            self.batches.append(batch)
+        return batch
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(settings):
+    """Run the trainer on this rank; returns (initial weights, final weights, batches)."""
+    world = World.from_environment()
+    argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items()]
+    config = load_config(argv)
+    nobody_to_watch = Watchdog(World(), 0, "")
+    trainer = RecordingTrainer(prepare(config, world.size, CPU), world, CPU, nobody_to_watch)
+    trainer.run()
+    return trainer.initial, trainer.final, trainer.batches
+
+
+def run(folder, world_size=1, **changes):
+    """Train on `world_size` ranks: (records by step, initial and final weights, batch hashes)."""
+    settings = COMMON | {"job.dump_folder": folder} | changes
+    ranks = run_ranks(train, world_size, settings, timeout=120)
+    hashes = [batch_hash(*shares) for shares in zip(*(batches for *_, batches in ranks), strict=True)]
+    initial, final, _ = ranks[0]
+    return records(folder), initial, final, hashes
+
+
+def records(folder):
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record for record in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("reference"), **{"training.local_batch_size": 12})
+
+
+REPLICATE = "parallelism.data_parallel_replicate_degree"
+LAYOUTS = {
+    "fsdp2": (2, {}),
+    "fsdp3": (3, {"training.local_batch_size": 4}),
+    "fsdp4": (4, {}),
+    "hsdp2x2": (4, {REPLICATE: 2}),
+    "replicate4": (4, {REPLICATE: 4}),
+    "accumulate 4": (1, {"training.local_batch_size": 3}),
+    "1 worker": (1, {"training.local_batch_size": 12, "training.dataloader.num_workers": 1}),
+    "3 workers": (2, {"training.dataloader.num_workers": 3}),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_the_same_run(reference, tmp_path, name):
+    world_size, changes = LAYOUTS[name]
+    expected, initial, _, hashes = reference
+    ours, our_initial, _, our_hashes = run(tmp_path, world_size, **changes)
+    assert our_hashes == hashes
+    for key, weight in initial.items():
+        assert torch.equal(our_initial[key], weight), key
+    assert list(ours) == list(expected) == list(range(1, STEPS + 1))
+    for step, record in expected.items():
+        for value in ("loss", "grad_norm"):
+            assert ours[step][value] == pytest.approx(record[value], rel=1e-6), (step, value)
+        assert ours[step]["n_tokens_seen"] == record["n_tokens_seen"]
+        assert ours[step]["lr"] == record["lr"]
+
+
+CHECKPOINTS = {
+    "checkpoint.enable": True,
+    "checkpoint.interval": 2,
+    "checkpoint.no_last_save_model_only": True,
+    "lr_scheduler.total_steps": STEPS,
+}
+
+
+def stop_and_resume(folder, parts, **changes):
+    """Train in parts, each up to (step, on this many ranks); the hashes of all, the last weights."""
+    hashes = []
+    for steps, world_size, more in parts:
+        settings = CHECKPOINTS | {"training.steps": steps} | changes | more
+        *_, final, part = run(folder, world_size, **settings)
+        hashes += part
+    return hashes, final
+
+
+def test_resuming_on_the_same_layout_gives_the_same_bits(tmp_path):
+    expected, _, final, hashes = run(tmp_path / "whole", 2)
+    parts = [(steps, 2, {}) for steps in (2, 4, 6)]
+    our_hashes, our_final = stop_and_resume(tmp_path / "stopped", parts)
+    assert our_hashes == hashes
+    for key, weight in final.items():
+        assert torch.equal(our_final[key], weight), key
+    ours = records(tmp_path / "stopped")
+    assert [r["loss"] for r in ours.values()] == [r["loss"] for r in expected.values()]
+    assert [r["lr"] for r in ours.values()] == [r["lr"] for r in expected.values()]
+
+
+def test_resuming_on_another_layout_gives_the_same_curve(reference, tmp_path):
+    expected, _, _, hashes = reference
+    workers = {"training.dataloader.num_workers": 2}
+    parts = [(2, 2, {}), (3, 4, {REPLICATE: 2}), (6, 3, workers)]
+    our_hashes, _ = stop_and_resume(tmp_path, parts, **{"checkpoint.interval": 1})
+    assert our_hashes == hashes
+    for step, record in records(tmp_path).items():
+        assert record["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6), step

@@ -1,0 +1,122 @@
+"""Checks everything about a run that can be known before a process group starts.
+
+`python -m torchtitan.preflight <arguments>` is what run_train.sh runs first, in one process: it lists
+every fault at once and exits with status 2, or says nothing. The trainer starts from its result.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from torchtitan.checkpoint.manager import Progress, find_checkpoint, read_progress
+from torchtitan.config.checks import check_config
+from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
+from torchtitan.config.manager import load_config, located
+from torchtitan.config.schema import JobConfig
+from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
+from torchtitan.distributed.comm import World, pick_device
+from torchtitan.distributed.mesh import Degrees, global_batch_size
+from torchtitan.logging import init_logger
+from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.registry import model_config
+from torchtitan.observability.profiling import check_memory_snapshot
+from torchtitan.observability.sinks import check_sinks
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, all of it checked."""
+
+    config: JobConfig
+    degrees: Degrees
+    model_config: DecoderConfig
+    tokenizer: Tokenizer
+    checkpoint: Path | None
+    """Where the run starts from, or None for newly drawn weights."""
+    progress: Progress
+    """How far that checkpoint is; empty for a new run."""
+    global_batch_size: int
+
+
+def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
+    """Resolve a config for `world_size` ranks; raises ConfigError with every fault there is."""
+    faults = list(check_config(config))
+
+    def attempt(function: Callable[..., Result], *args) -> Result | None:
+        try:
+            return function(*args)
+        except ConfigError as error:
+            faults.extend(error.faults)
+            return None
+
+    attempt(check_sinks, config.metrics)
+    attempt(check_memory_snapshot, config.profiling, device)
+    tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
+    model = attempt(_model_config, config)
+    if model and tokenizer:
+        faults += check_tokenizer(tokenizer, model.vocab_size)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, Path(config.job.dump_folder))
+    progress = _progress(checkpoint, config)
+    degrees = attempt(Degrees.resolve, config.parallelism, world_size)
+    batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress)
+    if faults:
+        raise ConfigError(faults)
+    return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size)
+
+
+def _model_config(config: JobConfig) -> DecoderConfig:
+    flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
+    return flavor.update_from_config(config)
+
+
+def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
+    """What the run takes over from its checkpoint beside the tensors."""
+    if checkpoint is None:
+        return {}
+    own = checkpoint.parent == Path(config.job.dump_folder) / config.checkpoint.folder
+    return read_progress(checkpoint) if own or not config.checkpoint.initial_load_model_only else {}
+
+
+def _batch_size(config: JobConfig, dp: int, progress: Progress) -> int:
+    """The run's global batch size: a resumed run keeps the one it began with."""
+    saved = progress.get("global_batch_size")
+    if saved is None or "dataloader" in config.checkpoint.exclude_from_loading:
+        return global_batch_size(config.training, dp)
+    if config.training.global_batch_size not in (-1, saved):
+        fault = Fault(
+            "training.global_batch_size",
+            f"the checkpoint's data position belongs to batches of {saved} sequences.",
+            f"Use {saved}, or set checkpoint.exclude_from_loading = ['dataloader'] to begin the data anew.",
+            value=config.training.global_batch_size,
+        )
+        raise ConfigError([fault])
+    return global_batch_size(replace(config.training, global_batch_size=saved), dp)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check a run of NGPU ranks on each of NNODES nodes; returns the exit status."""
+    init_logger()
+    world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
+    try:
+        prepare(load_config(argv), world_size, pick_device(World()))
+    except ConfigError as error:
+        report(error, argv)
+        return EXIT_CONFIG
+    return 0
+
+
+def report(error: ConfigError, argv: Sequence[str]) -> None:
+    """Print every fault, with the place its setting came from."""
+    print("This run cannot start:", file=sys.stderr)
+    print(ConfigError(located(error.faults, argv)), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

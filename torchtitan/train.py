@@ -1,0 +1,41 @@
+"""Entry point of one rank: configuration, then a Trainer, then its run."""
+
+import sys
+from collections.abc import Sequence
+
+from torchtitan.config.faults import EXIT_CONFIG, ConfigError
+from torchtitan.config.manager import load_config
+from torchtitan.distributed.comm import (
+    World,
+    destroy_process_group,
+    init_process_group,
+    pick_device,
+)
+from torchtitan.logging import init_logger
+from torchtitan.observability.watchdog import Watchdog
+from torchtitan.preflight import prepare, report
+from torchtitan.trainer import Trainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as `argv` says; returns the exit status."""
+    init_logger()
+    world = World.from_environment()
+    device = pick_device(world)
+    try:
+        config = load_config(argv)
+        setup = prepare(config, world.size, device)
+    except ConfigError as error:
+        if world.rank == 0:
+            report(error, argv)
+        return EXIT_CONFIG
+    dump_folder = config.job.dump_folder
+    init_process_group(config.comm, dump_folder, device)
+    with Watchdog(world, config.comm.init_timeout_seconds, dump_folder) as watchdog:
+        Trainer(setup, world, device, watchdog).run()
+    destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,322 @@
+"""The trainer: builds the parts of a run, then batch, forward and backward, clip, step, log, save."""
+
+import gc
+import os
+import random
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.attention import sdpa_kernel
+from torch.nn.utils import clip_grads_with_norm_
+
+from torchtitan.checkpoint.manager import CheckpointManager
+from torchtitan.config.manager import save_toml
+from torchtitan.config.schema import JobConfig, Training, Validation
+from torchtitan.data.batch import Batch
+from torchtitan.data.loader import DataConfig, Loader, build_loader
+from torchtitan.distributed.apply import parallelize
+from torchtitan.distributed.comm import World, set_timeout
+from torchtitan.distributed.fsdp import Precision, fill_parameters, sync_gradients
+from torchtitan.distributed.grad_norm import global_grad_norm
+from torchtitan.logging import logger
+from torchtitan.models.attention import SDPA_PRIORITY
+from torchtitan.models.init import draw, parameter_inits
+from torchtitan.observability.metrics import MetricsLogger, Workload
+from torchtitan.observability.profiling import StepRecorders
+from torchtitan.observability.watchdog import Watchdog
+from torchtitan.optim.optimizer import (
+    build_optimizer,
+    describe_optimizer,
+    set_learning_rate,
+    state_by_name,
+)
+from torchtitan.optim.schedule import describe_schedule, learning_rate
+from torchtitan.preflight import Setup
+from torchtitan.validation import validate
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is not finite, and the run must not go on."""
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, setup: Setup, world: World, device: torch.device, watchdog: Watchdog):
+        self.setup, self.world, self.device, self.watchdog = setup, world, device, watchdog
+        self.config = config = _resolved(setup)
+        self.step = setup.progress.get("step", 0)
+        self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
+        self.num_skipped = 0
+        if config.debug.deterministic:
+            _be_deterministic(config.debug.deterministic_warn_only)
+
+        self.precision = Precision.resolve(config, device)
+        self.model = self._build_model()
+        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
+        self.checkpoints = CheckpointManager(
+            config.checkpoint, self.dump_folder, self.model, state_by_name(self.optimizer)
+        )
+        if setup.checkpoint is not None:
+            self.checkpoints.load(setup.checkpoint)
+        self.loader = self._build_loader(config.training, setup.global_batch_size)
+        if "slots" in setup.progress and "dataloader" not in config.checkpoint.exclude_from_loading:
+            self.loader.load_state_dict(setup.progress["slots"])
+        if config.validation.enable:
+            size = config.validation.local_batch_size * setup.degrees.dp
+            self.validation_loader = self._build_loader(config.validation, size)
+        self.metrics = self._build_metrics()
+        if world.rank == 0:
+            save_toml(config, self.dump_folder / "config.toml")
+        self._describe()
+
+    def run(self) -> None:
+        """Train to the last step, or until the data ends."""
+        first = self.step + 1
+        with ExitStack() as stack:
+            recorders = self._enter_recorders(stack)
+            while self.step < self.config.training.steps:
+                batch = self._next_batch()
+                if batch is None:
+                    logger.info(f"the data ended after step {self.step}")
+                    self._save(last=True)
+                    return
+                self.step += 1
+                self._train_step(batch)
+                self._validate()
+                self._save(last=self.step == self.config.training.steps)
+                self._collect_garbage()
+                recorders.step()
+                if self.step == first:
+                    set_timeout(self.config.comm.train_timeout_seconds)
+                    self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
+
+    def _enter_recorders(self, stack: ExitStack) -> StepRecorders:
+        """Start what accompanies the loop, and leave it as it was afterwards."""
+        config = self.config
+        gc.disable()  # collections happen at chosen steps only
+        stack.callback(gc.enable)
+        stack.enter_context(sdpa_kernel(SDPA_PRIORITY, set_priority=True))
+        self.metrics.start(self.step)
+        stack.callback(self.metrics.close)
+        return stack.enter_context(
+            StepRecorders(
+                config.profiling,
+                config.job.dump_folder,
+                rank=self.world.rank,
+                device=self.device,
+                step=self.step,
+            )
+        )
+
+    def _train_step(self, batch: Batch) -> None:
+        num_tokens = self._over_ranks(batch.num_valid_tokens)
+        loss = self._forward_backward(batch, num_tokens)
+
+        self.watchdog.mark(self.step, "optimizer")
+        norm, loss = global_grad_norm(self.model.parameters(), loss)
+        norm_value, loss_value = torch.stack([norm, loss]).tolist()
+        lr = self._learning_rate()
+        if self._may_step(loss_value, norm_value):
+            max_norm = self.config.training.max_norm
+            clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        self.n_tokens_seen += num_tokens
+        if self.metrics.should_log(self.step):
+            self.metrics.log(
+                self.step,
+                loss=loss_value,
+                grad_norm=norm_value,
+                lr=lr,
+                n_tokens_seen=self.n_tokens_seen,
+            )
+
+    def _forward_backward(self, batch: Batch, num_tokens: int) -> torch.Tensor:
+        """Accumulate the gradient of the mean loss over the global batch's valid tokens.
+
+        Returns this rank's share of that loss, an fp32 scalar.
+        """
+        training = self.config.training
+        loss = torch.zeros((), device=self.device)
+        starts = range(0, len(batch.tokens), training.local_batch_size)
+        for start in starts:
+            rows = slice(start, start + training.local_batch_size)
+            is_last = start == starts[-1]
+            sync_gradients(self.model, is_last, training.sync_gradients_each_microbatch)
+            self.watchdog.mark(self.step, "forward")
+            tokens, labels = (
+                x[rows].to(self.device, non_blocking=True) for x in (batch.tokens, batch.labels)
+            )
+            documents = self.model.documents(batch.document_lengths[rows], self.device)
+            share = self.model(tokens, labels, documents) / max(num_tokens, 1)
+            self.watchdog.mark(self.step, "backward")
+            share.backward()
+            loss += share.detach()
+        return loss
+
+    def _may_step(self, loss: float, norm: float) -> bool:
+        """Whether the optimizer may use this gradient; all ranks see the same values, and agree."""
+        if all(map(torch.isfinite, torch.tensor([loss, norm]))):
+            self.num_skipped = 0
+            return True
+        training = self.config.training
+        what = f"step {self.step}: loss {loss}, gradient norm {norm}"
+        self.num_skipped += 1
+        if training.on_nonfinite == "stop" or self.num_skipped > training.max_skipped_steps:
+            skipped = f" after {self.num_skipped - 1} skipped steps" if self.num_skipped > 1 else ""
+            raise NonFinite(f"{what}{skipped}; weights and checkpoints are those of before")
+        logger.warning(f"{what}; the step is skipped")
+        return False
+
+    def _next_batch(self) -> Batch | None:
+        """This rank's share of the next global batch; None when no rank has data left."""
+        self.watchdog.mark(self.step + 1, "data")
+        with self.metrics.loading_data():
+            batch = next(self.loader)
+        if self.config.training.repeat or self._over_ranks(int(not batch.exhausted)):
+            return batch
+        return None
+
+    def _over_ranks(self, count: int) -> int:
+        """Sum of a count over the data-parallel ranks; on the host, the GPU is not waited for."""
+        total = torch.tensor(count)
+        dist.all_reduce(total)
+        return int(total)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        return learning_rate(
+            self.step, config.optimizer.lr, config.lr_scheduler, config.training.steps
+        )
+
+    def _validate(self) -> None:
+        validation = self.config.validation
+        if not validation.enable or (self.step != 1 and self.step % validation.freq):
+            return
+        self.watchdog.mark(self.step, "validation")
+        with self.metrics.paused():
+            loader = self.validation_loader
+            loss, num_tokens = validate(self.model, loader, validation.steps, self.device)
+            self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
+
+    def _save(self, last: bool) -> None:
+        if self.checkpoints.wants_save(self.step, last):
+            self.watchdog.mark(self.step, "checkpoint")
+            with self.metrics.paused():
+                self.checkpoints.save(self.step, self._progress(), last)
+
+    def _progress(self) -> dict[str, Any]:
+        slots: list[dict[str, Any]] = [{}] * self.world.size
+        dist.all_gather_object(slots, self.loader.state_dict())
+        return {
+            "n_tokens_seen": self.n_tokens_seen,
+            "seed": self.config.debug.seed,
+            "global_batch_size": self.setup.global_batch_size,
+            "slots": {slot: state for states in slots for slot, state in states.items()},
+        }
+
+    def _collect_garbage(self) -> None:
+        """All ranks at the same steps: a collection on one would make the others wait."""
+        training = self.config.training
+        if training.gc_debug or self.step % training.gc_freq == 0:
+            found = gc.collect()
+            if training.gc_debug and found:
+                logger.info(f"step {self.step}: garbage in reference cycles, {found} objects")
+
+    @property
+    def dump_folder(self) -> Path:
+        return Path(self.config.job.dump_folder)
+
+    def _build_model(self) -> nn.Module:
+        """The model of this run, spread over the ranks and with its initial weights."""
+        config, device = self.config, self.device
+        with torch.device("meta"):
+            model = self.setup.model_config.build()
+        inits = parameter_inits(model)
+        mesh = self.setup.degrees.mesh(device.type)
+        parallelize(model, mesh, self.precision, config)
+
+        def drawn(name: str, shape: torch.Size) -> torch.Tensor:
+            return draw(name, shape, inits[name], config.debug.seed, device)
+
+        storage = torch.device("cpu") if config.training.enable_cpu_offload else device
+        fill_parameters(model, storage, drawn)
+        model.fill_buffers(device)
+        return model
+
+    def _build_loader(self, section: Training | Validation, num_slots: int) -> Loader:
+        """The loader of this rank's slots; validation reads its data once, and in order."""
+        share = num_slots // self.setup.degrees.dp
+        first = self.world.rank * share
+        training = isinstance(section, Training)
+        data = DataConfig(
+            dataset=section.dataset,
+            dataset_path=section.dataset_path,
+            num_slots=num_slots,
+            seq_len=section.seq_len,
+            seed=self.config.debug.seed,
+            repeat=training and section.repeat,
+            shuffle=training and section.shuffle,
+            section="training" if training else "validation",
+            **asdict(section.dataloader),
+        )
+        return build_loader(data, self.setup.tokenizer, range(first, first + share))
+
+    def _build_metrics(self) -> MetricsLogger:
+        config = self.config
+        seq_len = config.training.seq_len
+        workload = Workload(
+            num_steps=config.training.steps,
+            tokens_per_step=self.setup.global_batch_size * seq_len,
+            flops_per_token=self.setup.model_config.flops_per_token(seq_len),
+            num_devices=self.world.size,
+        )
+        rank, device = self.world.rank, self.device
+        return MetricsLogger(
+            config.metrics, config.job.dump_folder, workload, rank=rank, device=device
+        )
+
+    def _describe(self) -> None:
+        """What this run is, in a few lines of its log."""
+        config, precision = self.config, self.precision
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        degrees = ", ".join(f"{axis} {size}" for axis, size in asdict(self.setup.degrees).items())
+        batch = self.setup.global_batch_size
+        logger.info(
+            f"{config.model.name} {config.model.flavor}: {num_parameters:,} parameters, "
+            f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
+            f"{precision.reduce}"
+        )
+        logger.info(
+            f"{self.world.size} ranks on {self.device.type}: {degrees}; {batch} sequences of "
+            f"{config.training.seq_len} tokens a step; seed {config.debug.seed}"
+        )
+        logger.info(describe_optimizer(self.optimizer))
+        steps = config.training.steps
+        logger.info(describe_schedule(config.optimizer.lr, config.lr_scheduler, steps))
+
+
+def _resolved(setup: Setup) -> JobConfig:
+    """The config with what was left open: the seed, the same on all ranks, and the batch size."""
+    seed = [setup.config.debug.seed]
+    if seed[0] is None:
+        seed[0] = setup.progress.get("seed", random.SystemRandom().getrandbits(31))
+    dist.broadcast_object_list(seed)
+    return replace(
+        setup.config,
+        debug=replace(setup.config.debug, seed=seed[0]),
+        training=replace(setup.config.training, global_batch_size=setup.global_batch_size),
+    )
+
+
+def _be_deterministic(warn_only: bool) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
