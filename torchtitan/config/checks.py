@@ -1,7 +1,7 @@
 """Can the values of a config work, alone and together? One named rule an invariant.
 
 Rules that need the number of ranks are in distributed/mesh.py, those of a model's shape in
-models/decoder.py (`update_from_config`), and those of data and tokenizer in data.
+models/decoder.py (`update_from_config`), those of sources and tokenizers in data.
 """
 
 from collections.abc import Callable, Iterator
@@ -146,14 +146,6 @@ def tokenizer_is_a_folder(config: JobConfig) -> Iterator[Fault]:
         yield Fault("model.hf_assets_path", reason, remedy, path)
 
 
-def dataset_path_replaces_one_dataset(config: JobConfig) -> Iterator[Fault]:
-    training = config.training
-    if training.dataset_path is not None and not isinstance(training.dataset, str):
-        reason = "has no meaning where training.dataset is a list of sources."
-        remedy = "Give each source its own path."
-        yield Fault("training.dataset_path", reason, remedy, training.dataset_path)
-
-
 def global_batch_holds_whole_microbatches(config: JobConfig) -> Iterator[Fault]:
     training, parallelism = config.training, config.parallelism
     local, size = training.local_batch_size, training.global_batch_size
@@ -290,7 +282,6 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     betas_are_below_1,
     max_norm_is_positive,
     tokenizer_is_a_folder,
-    dataset_path_replaces_one_dataset,
     global_batch_holds_whole_microbatches,
     workers_have_their_settings,
     selective_ac_option_is_op_or_a_number,

@@ -1,6 +1,7 @@
 """Which keys does job.custom_config_module add? The user's own, or those of an upstream module."""
 
 import dataclasses
+import functools
 import importlib
 from dataclasses import field, make_dataclass
 from typing import Any
@@ -85,6 +86,7 @@ def extended_schema(module: str) -> tuple[type[JobConfig], list[Fault]]:
     return JobConfig, [Fault("job.custom_config_module", reason, remedy, module)]
 
 
+@functools.cache
 def merge_schema(base: type, extension: type) -> type:
     """The base with the extension's fields. Sections in both merge; else the extension wins."""
     base_kinds, kinds = key_types(base), key_types(extension)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torchtitan.config.checks import check_config
 from torchtitan.config.command_line import (
     SOURCE,
     Option,
@@ -21,7 +22,7 @@ from torchtitan.config.command_line import (
 from torchtitan.config.extensions import extended_schema
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.merge import merge_toml
-from torchtitan.config.names import leaf_keys
+from torchtitan.config.names import leaf_keys, section_names
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.toml_file import read_toml, save_toml, to_json, to_toml
 from torchtitan.logging import logger
@@ -32,6 +33,7 @@ __all__ = ["key_sources", "load_config", "located", "save_toml", "to_json", "to_
 def load_config(argv: Sequence[str]) -> JobConfig:
     """The merged configuration; raises ConfigError with every mistake in the file and in argv.
 
+    Values are checked for their types, and for sense (check_config) only where it raises anyway.
     `--help` in argv prints all keys and exits with status 0.
     """
     options = split_options(argv)
@@ -43,7 +45,7 @@ def load_config(argv: Sequence[str]) -> JobConfig:
     config, more = merge_options(config, options)
     faults += more
     if faults:
-        raise ConfigError(faults)
+        raise ConfigError(located(faults + _further_faults(config, faults), argv))
     return _follow_deprecated(config)
 
 
@@ -53,7 +55,8 @@ def key_sources(argv: Sequence[str]) -> dict[str, str]:
     file, _ = read_toml(last_value(options, "job.config_file"))
     schema, _ = extended_schema(_custom_module(options, file.table))
     known = leaf_keys(schema)
-    sources = {key: file.source(key) for key in file.lines if key in known}
+    sections = section_names(known)
+    sources = {key: file.source(key) for key in file.lines if key not in sections}
     return sources | {key_of(option, known): SOURCE for option in options}
 
 
@@ -85,6 +88,13 @@ def _custom_module(options: Sequence[Option], table: dict[str, Any]) -> str:
         if module := last_value(options, key) or in_file:
             return module if isinstance(module, str) else ""
     return ""
+
+
+def _further_faults(config: JobConfig, faults: list[Fault]) -> list[Fault]:
+    """What check_config would refuse next, where that does not hang on the faults so far."""
+    doubtful = [key for key in leaf_keys(config) if any(key in str(fault) for fault in faults)]
+    further = check_config(config)
+    return [fault for fault in further if not any(key in str(fault) for key in doubtful)]
 
 
 def _follow_deprecated(config: JobConfig) -> JobConfig:

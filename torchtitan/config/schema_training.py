@@ -104,7 +104,7 @@ class Training:
     """Data, batch, length and precision of the training loop."""
 
     dataset: str | dict[str, Any] | list[dict[str, Any]] = "c4_test"
-    """A registered name, a path or pattern of files, or (ours) a list of tables of sources."""
+    """A registered name, files by path or pattern, or (ours) tables {path or name, weight, ...}."""
 
     dataset_path: str | None = None
     """Local files to read in place of the registered dataset's own."""
@@ -169,7 +169,7 @@ class Validation:
     """Validate during training."""
 
     dataset: str = "c4_validation"
-    """A registered name, or a path or pattern of files."""
+    """A registered name, or files by path or pattern."""
 
     dataset_path: str | None = None
     """Local files to read in place of the registered dataset's own."""

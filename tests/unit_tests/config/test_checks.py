@@ -1,7 +1,6 @@
 """Each rule of checks.py: refused on the wrong side of its line, accepted on the right one."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -96,11 +95,6 @@ COMBINATIONS = [
         "model.hf_assets_path",
         "--model.hf_assets_path a/tokenizer.model",
         "--model.hf_assets_path a",
-    ),
-    (
-        "training.dataset_path",
-        '--training.dataset {path="a"} --training.dataset_path b',
-        "--training.dataset c4 --training.dataset_path b",
     ),
     (
         "training.global_batch_size",
@@ -252,18 +246,6 @@ def test_the_table_names_keys_that_exist():
     for row in NOT_BUILT:
         assert set(row.switches) <= set(KEYS)
         assert set(row.settings) <= {*KEYS, *section_names(KEYS)}
-
-
-def test_the_docs_list_what_is_not_built():
-    text = (ROOT / "docs" / "configuration.md").read_text()
-    table = text.split("## Not built yet")[1]
-    documented = {
-        (key, cells[1].strip())
-        for line in table.splitlines()
-        if line.startswith("| `") and (cells := line.strip("|").split("|"))
-        for key in re.findall(r"`([^`=]+)`", cells[0])
-    }
-    assert documented == {(key, row.status) for row in NOT_BUILT for key in row.switches}
 
 
 def test_values_in_messages_are_spelt_as_in_toml():

@@ -152,12 +152,13 @@ def test_deprecated_keys_move_to_where_they_are_read():
 
 
 def test_sources_say_where_a_key_was_set(tmp_path):
-    argv = file_of(tmp_path, "[training]\nsteps = 5\n\nseq_len = 64 # comment\n")
-    argv += ["--training.steps", "6", "--training.no-repeat"]
+    text = "[training]\nsteps = 5\n\nseq_len = 64 # comment\n[model.overrides]\ndim = 64"
+    argv = [*file_of(tmp_path, text), "--training.steps", "6", "--training.no-repeat"]
     path = argv[1]
     assert key_sources(argv) == {
         "job.config_file": "command line",
         "training.seq_len": f"{path}:4",
+        "model.overrides.dim": f"{path}:6",
         "training.steps": "command line",
         "training.repeat": "command line",
     }
@@ -224,3 +225,14 @@ def test_a_config_error_lists_the_faults_of_every_source(tmp_path):
         "--nonsense",
         "job.custom_config_module",
     }
+
+
+def test_values_that_cannot_work_are_listed_beside_mistakes(tmp_path):
+    argv = file_of(
+        tmp_path, "[training]\nlocal_batch_sise = 6\nglobal_batch_size = 12\nseq_len = 0"
+    )
+    with pytest.raises(ConfigError) as error:
+        load_config(argv)
+    # Not global_batch_size: whether 12 works hangs on the key that is misspelt.
+    settings = [fault.setting for fault in error.value.faults]
+    assert settings == ["training.local_batch_sise", "training.seq_len"]
