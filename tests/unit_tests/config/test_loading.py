@@ -158,6 +158,7 @@ def test_sources_say_where_a_key_was_set(tmp_path):
     assert key_sources(argv) == {
         "job.config_file": "command line",
         "training.seq_len": f"{path}:4",
+        "model.overrides": f"{path}:5",
         "model.overrides.dim": f"{path}:6",
         "training.steps": "command line",
         "training.repeat": "command line",
