@@ -27,9 +27,9 @@ class World:
     @classmethod
     def from_environment(cls) -> "World":
         return cls(
-            rank=int(os.environ.get("RANK", 0)),
-            size=int(os.environ.get("WORLD_SIZE", 1)),
-            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
 
 
@@ -74,7 +74,7 @@ def set_timeout(seconds: float) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     dist.barrier()
-    for group in _groups():
+    for group, _ in _groups():
         c10d._set_pg_timeout(_backend_timeout(seconds), group)  # no public way in 2.11 and 2.13
 
 
@@ -87,15 +87,17 @@ def destroy_process_group() -> None:
 def collectives_started() -> dict[str, int]:
     """How many collectives this rank has entered, by group; may be called from any thread."""
     return {
-        f"{group.group_desc} of ranks {','.join(map(str, dist.get_process_group_ranks(group)))}": (
+        f"{group.group_desc} of ranks {','.join(map(str, ranks))}": (
             group._get_sequence_number_for_group()  # no public way in 2.11 and 2.13
         )
-        for group in _groups()
+        for group, ranks in _groups()
     }
 
 
-def _groups() -> list[dist.ProcessGroup]:
-    return list(c10d._world.pg_map)  # no public list in 2.11 and 2.13
+def _groups() -> list[tuple[dist.ProcessGroup, dict[int, int]]]:
+    """Every process group of this rank, with its global ranks."""
+    world = c10d._world  # no public list in 2.11 and 2.13
+    return [(group, world.pg_group_ranks.get(group, {})) for group in list(world.pg_map)]
 
 
 def _backend_timeout(seconds: float) -> timedelta:

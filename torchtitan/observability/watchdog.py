@@ -1,0 +1,231 @@
+"""What happens when a rank is killed, freezes, fails or skips a collective: it is named, all end.
+
+Each rank tells the others ten times a second where it is, through the launcher's store. A rank that
+makes no progress for too long, raises, or is told to end raises the alarm; all ranks that live
+answer it, print one report of all ranks, and end with status 1. Who does not answer is the cause.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from torchtitan.distributed.comm import World, collectives_started
+from torchtitan.observability.rank_report import TOLD_TO_END, RankState, Verdict, judge, render
+
+BEAT_SECONDS = 0.1
+BEATS_PER_SECOND_OF_ALL = 2000
+"""What one store is asked to bear: above 200 ranks, each beats less often."""
+ANSWER_SECONDS = 4.0
+"""How long the alarm waits for answers: a living rank needs one beat, on a crowded machine more."""
+LINGER_SECONDS = 1.5
+"""How long a rank stays after its report: the launcher, whose store others still read, ends with it."""
+STACK_DEPTH = 20
+EXIT_FAILURE = 1
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+
+class Watchdog:
+    """Guards the block it wraps: `with Watchdog(...) as watchdog`, then `mark` what happens when.
+
+    `timeout` is the longest a phase may take, in seconds. One process alone has nobody to watch.
+    """
+
+    def __init__(self, world: World, timeout: float, dump_folder: str | Path):
+        self._timeout = timeout
+        self._place = (0, 0, "start", time.monotonic())
+        self._patrol = _Patrol(self, world, Path(dump_folder)) if world.size > 1 else None
+
+    def mark(self, step: int, phase: str) -> None:
+        """Say what comes next; costs nothing."""
+        self._place = (self._place[0] + 1, step, phase, time.monotonic())
+
+    def set_timeout(self, seconds: float) -> None:
+        """Set the longest a phase may take; the present one is given that much from now on."""
+        self._timeout = seconds
+        self._place = (*self._place[:3], time.monotonic())
+
+    def close(self) -> None:
+        if self._patrol is not None:
+            self._patrol.finish()
+
+    def __enter__(self) -> "Watchdog":
+        if self._patrol is not None:
+            self._patrol.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        deliberate = error is None or isinstance(error, KeyboardInterrupt | SystemExit)
+        if self._patrol is not None and not deliberate:
+            self._patrol.fail(error)
+        self.close()
+
+
+class _Patrol(threading.Thread):
+    """The thread behind a Watchdog. It must work while the main thread hangs in a collective."""
+
+    def __init__(self, watchdog: Watchdog, world: World, dump_folder: Path):
+        super().__init__(name="watchdog", daemon=True)
+        self._watchdog = watchdog
+        self._world = world
+        self._dump_folder = dump_folder
+        self._state = RankState(world.rank, socket.gethostname(), os.getpid(), os.getppid())
+        self._beat = max(BEAT_SECONDS, world.size / BEATS_PER_SECOND_OF_ALL)
+        self._finished = threading.Event()
+        self._signals, self._wakeup = socket.socketpair()
+
+    def start(self) -> None:
+        # A connection of its own: a store client serves one call at a time, and others wait in theirs.
+        self._store = dist.PrefixStore(
+            f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=10),
+            ),
+        )
+        self._tell()
+        # torchrun ends the other ranks with SIGTERM when one dies. A handler in Python would run when
+        # the main thread leaves its collective, that is never; the wake-up socket is written at once.
+        self._wakeup.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        os.register_at_fork(after_in_child=_forget_signals)
+        super().start()
+
+    def fail(self, error: BaseException) -> None:
+        """Called by the main thread: hand the exception over and wait for the end of the process."""
+        # gloo raises plain RuntimeErrors; its sources' path is all that tells them apart.
+        self._state.error_from_peer = isinstance(error, dist.DistError) or "gloo" in str(error)
+        self._state.traceback = "".join(traceback.format_exception(error))
+        self._state.error = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+        self._wakeup.send(b"\0")
+        self.join()
+
+    def finish(self) -> None:
+        self._finished.set()
+        self._wakeup.send(b"\0")
+        self.join()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def run(self) -> None:
+        try:
+            while not self._finished.is_set():
+                self._tell()
+                if self._anything_wrong():
+                    self._raise_alarm()
+            self._state.finished = True
+            self._tell()
+        except dist.DistError as error:  # the store is gone, and the launcher that kept it
+            self._end([self._state], Verdict((), f"no word from the launcher any more: {error}"))
+
+    def _anything_wrong(self) -> bool:
+        """Look around for one beat."""
+        state, watchdog = self._state, self._watchdog
+        told_to_end = False
+        if select.select([self._signals], [], [], self._beat)[0]:
+            told_to_end = signal.SIGTERM in self._signals.recv(64)
+        if told_to_end:
+            state.complaint = TOLD_TO_END
+        elif state.error:
+            state.complaint = "failed"
+        elif time.monotonic() - watchdog._place[3] > watchdog._timeout:
+            state.complaint = f"no progress for {watchdog._timeout:g} s"
+        return bool(state.complaint) or self._store.check(["alarm"])
+
+    def _raise_alarm(self) -> None:
+        """Tell all, wait for their answers, report, end."""
+        self._store.set("alarm", "")
+        self._state.heard_alarm = True
+        self._tell()
+        deadline = time.monotonic() + ANSWER_SECONDS
+        states = self._read_all()
+        while time.monotonic() < deadline and not all(s.heard_alarm or s.finished for s in states):
+            time.sleep(self._beat)
+            states = self._read_all()
+        self._end(states, judge(states, time.time()))
+
+    def _tell(self) -> None:
+        state = self._state
+        state.num_marks, state.step, state.phase, since = self._watchdog._place
+        state.seconds_in_phase = time.monotonic() - since
+        state.told_at = time.time()
+        state.collectives = collectives_started()
+        state.stack = _main_thread_stack()
+        self._store.set(f"rank{state.rank}", state.to_json())
+
+    def _read_all(self) -> list[RankState]:
+        keys = [f"rank{rank}" for rank in range(self._world.size)]
+        return [RankState.from_json(self._store.get(k)) for k in keys if self._store.check([k])]
+
+    def _end(self, states: list[RankState], verdict: Verdict) -> None:
+        if not verdict.is_failure:
+            print(verdict.headline, file=sys.stderr, flush=True)
+            os._exit(EXIT_SIGTERM)
+        report = render(states, verdict, time.time())
+        print(report, file=sys.stderr, flush=True)
+        self._write(verdict.headline, report)
+        for state in states:
+            if state.rank in verdict.odd_ranks and not (state.heard_alarm or state.finished):
+                self._kill_sibling(state)
+        time.sleep(LINGER_SECONDS)
+        sys.stdout.flush()
+        os._exit(EXIT_FAILURE)
+
+    def _write(self, headline: str, report: str) -> None:
+        """Leave the report with the run, and the headline where torchrun's summary takes it from."""
+        self._dump_folder.mkdir(parents=True, exist_ok=True)
+        report_file = self._dump_folder / "failure.txt"
+        draft = self._dump_folder / f".failure_{self._world.rank}"
+        draft.write_text(report + "\n")
+        draft.replace(report_file)
+        if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            extra = {
+                "py_callstack": f"{headline} (see {report_file})",
+                "timestamp": str(int(time.time())),
+                "report": report,
+            }
+            Path(error_file).write_text(
+                json.dumps({"message": {"message": headline, "extraInfo": extra}})
+            )
+
+    def _kill_sibling(self, state: RankState) -> None:
+        """End a frozen rank of this launcher, which would else wait 30 s for it."""
+        if state.host != self._state.host or state.launcher_pid != self._state.launcher_pid:
+            return
+        status = Path(f"/proc/{state.pid}/status")
+        if status.exists() and f"PPid:\t{os.getppid()}\n" in status.read_text():
+            os.kill(state.pid, signal.SIGKILL)
+
+
+def _main_thread_stack() -> list[str]:
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    calls = []
+    while frame is not None and len(calls) < STACK_DEPTH:
+        calls.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    return calls[::-1]
+
+
+def _forget_signals() -> None:
+    """A data loader's worker is no rank: it ends on SIGTERM as usual."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
