@@ -1,0 +1,1 @@
+"""From documents to batches: sources, the slots that read them, packing, and the loader."""

@@ -1,0 +1,34 @@
+"""What does one optimizer step train on?"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch: S sequences of L tokens, a row for each slot it serves."""
+
+    tokens: torch.Tensor  # (S, L) int64
+    labels: torch.Tensor  # (S, L) int64, IGNORE_INDEX where not trained on
+    document_lengths: list[list[int]]
+    """For each sequence the lengths of its pieces in order, summing to L; padding is a piece too."""
+    num_valid_tokens: int
+    exhausted: bool
+    """No slot of this rank had data left for this batch: every row is padding, and so is all that follows."""
+
+
+def batch_hash(*shares: Batch) -> str:
+    """A fingerprint of a global batch, given the shares of all ranks in order, however many they are."""
+    digest = hashlib.sha256()
+    for share in shares:
+        for tokens, labels, lengths in zip(share.tokens, share.labels, share.document_lengths, strict=True):
+            digest.update(tokens.numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+            digest.update(np.asarray(lengths, dtype=np.int64).tobytes())
+    return digest.hexdigest()
