@@ -71,6 +71,16 @@ def test_implementations_agree_with_torch_with_lazy_state(name, implementation):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "flags"),
+    [("for-loop", (False, False)), ("foreach", (False, True)), ("fused", (True, False))],
+)
+def test_the_implementation_asked_for_is_the_one_that_runs(implementation, flags):
+    config = replace(CONFIG, implementation=implementation)
+    (group,) = build_optimizer(make_model().named_parameters(), config).param_groups
+    assert (group["fused"], group["foreach"]) == flags
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_state_made_at_build_is_what_torch_makes_at_the_first_step(implementation):
     model, reference = make_model(), make_model()
