@@ -14,6 +14,7 @@ from torchtitan.distributed import comm
 from torchtitan.observability.watchdog import Watchdog
 
 TIMEOUT_SECONDS = 4
+PHASE_SECONDS = 0.3
 BAD_STEP = 3
 
 
@@ -22,10 +23,10 @@ def main(dump_folder: str, bad_rank: int, misdeed: str) -> None:
     comm.init_process_group(
         Comm(train_timeout_seconds=TIMEOUT_SECONDS), dump_folder, torch.device("cpu")
     )
-    Path(dump_folder, f"pid_{world.rank}").write_text(str(os.getpid()))
     with Watchdog(world, 30, dump_folder) as watchdog:
         for step in range(1, 6):
             watchdog.mark(step, "backward")
+            time.sleep(PHASE_SECONDS)
             if (world.rank, step) == (bad_rank, BAD_STEP):
                 Path(dump_folder, "misdeed_at").write_text(str(time.time()))
                 misbehave(misdeed)

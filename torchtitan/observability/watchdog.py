@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
+from typing_extensions import Self
 
 from torchtitan.distributed.comm import World, collectives_started
 from torchtitan.observability.rank_report import TOLD_TO_END, RankState, Verdict, judge, render
@@ -59,7 +60,7 @@ class Watchdog:
         if self._patrol is not None:
             self._patrol.finish()
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Self:
         if self._patrol is not None:
             self._patrol.start()
         return self

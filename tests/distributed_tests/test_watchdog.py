@@ -1,0 +1,115 @@
+"""Is the rank that stops a run named in time, with its step and phase, and do all processes end?"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed_tests.stuck_run import BAD_STEP, TIMEOUT_SECONDS
+from torchtitan.observability.rank_report import RankState, judge
+
+REPO = Path(__file__).parents[2]
+
+
+def _launch(dump_folder: Path, bad_rank: int, misdeed: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torchtitan.launcher", "--nproc-per-node", "3"]
+    shown = ["--local-ranks-filter", "0", "--tee", "3", "--rdzv-backend", "c10d"]
+    script = [str(REPO / "tests/distributed_tests/stuck_run.py"), str(dump_folder)]
+    return subprocess.run(
+        [*launcher, *shown, "--rdzv-endpoint", "localhost:0", *script, str(bad_rank), misdeed],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize(
+    "misdeed, bad_rank, named",
+    [
+        ("kill", 0, ["rank 0 has been silent", f"last seen at step {BAD_STEP}, phase backward"]),
+        ("freeze", 1, ["rank 1 has been silent", f"last seen at step {BAD_STEP}, phase backward"]),
+        (
+            "raise",
+            2,
+            [f"rank 2 failed at step {BAD_STEP}, phase backward: ValueError: a bad batch"],
+        ),
+        (
+            "sleep",
+            1,
+            [
+                f"rank 1 at step {BAD_STEP}, phase backward has not joined collective",
+                "in misbehave",
+            ],
+        ),
+        ("skip", 1, ["rank 1 is at", "it has skipped one"]),
+    ],
+)
+def test_the_odd_rank_is_named_and_all_end(tmp_path, misdeed, bad_rank, named):
+    run = _launch(tmp_path, bad_rank, misdeed)
+    ended = time.time()
+    report = tmp_path / "failure.txt"
+    assert run.returncode == 1, run.stderr
+    for words in named:
+        assert words in report.read_text()
+        assert words in run.stdout + run.stderr  # whichever rank the user looks at
+    misdeed_at = float((tmp_path / "misdeed_at").read_text())
+    steps_later = 5 if misdeed == "skip" else 0  # it shows when the others wait for the last one
+    assert report.stat().st_mtime - misdeed_at < TIMEOUT_SECONDS + 10 + steps_later
+    assert ended - misdeed_at < TIMEOUT_SECONDS + 15 + steps_later
+    assert not _processes_of(tmp_path)
+
+
+def test_told_to_end_is_no_failure(tmp_path):
+    run = _launch(tmp_path, 1, "terminate_all")
+    assert run.returncode == 128 + 15
+    assert "told to end (SIGTERM) at step 3" in run.stdout + run.stderr
+    assert not (tmp_path / "failure.txt").exists()
+    assert not _processes_of(tmp_path)
+
+
+def test_a_run_without_trouble_ends_by_itself(tmp_path):
+    run = _launch(tmp_path, 1, "none")
+    assert (run.returncode, list(tmp_path.glob("failure*"))) == (0, []), run.stderr
+
+
+def _state(rank: int, **told) -> RankState:
+    return RankState(rank, "host", 1, 1, **{"heard_alarm": True, "told_at": 100.0, **told})
+
+
+@pytest.mark.parametrize(
+    "told, odd",
+    [
+        # Who is silent is the cause, whatever the others have to say.
+        ([{"error": "lost peer", "error_from_peer": True}, {"heard_alarm": False}, {}], (1,)),
+        ([{}, {"finished": True, "heard_alarm": False}, {"heard_alarm": False}], (2,)),
+        # An error of its own before one that a peer caused.
+        ([{"error": "x", "error_from_peer": True}, {}, {"error": "y"}], (2,)),
+        # Groups are compared among their members only.
+        ([{"collectives": {"a": 5}}, {"collectives": {"b": 2}}, {"collectives": {"a": 4}}], (2,)),
+        # Ahead with equally many collectives; one of two, the one ahead.
+        ([{"num_marks": 9}, {"num_marks": 8}, {"num_marks": 8}], (0,)),
+        ([{"num_marks": 9}, {"num_marks": 8}], (0,)),
+        ([{"complaint": "no progress"}, {"complaint": "no progress"}], ()),
+    ],
+)
+def test_the_strongest_evidence_decides(told, odd):
+    states = [_state(rank, **words) for rank, words in enumerate(told)]
+    assert judge(states, now=101.0).odd_ranks == odd
+
+
+def _processes_of(dump_folder: Path) -> list[str]:
+    """Command lines of processes that still run with this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode()
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        if str(dump_folder) in command:
+            found.append(command)
+    return found
