@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     init_process_group(config.comm, dump_folder, device)
     with Watchdog(world, config.comm.init_timeout_seconds, dump_folder) as watchdog:
         Trainer(setup, world, device, watchdog).run()
-    destroy_process_group()
+        destroy_process_group()
     return 0
 
 
