@@ -64,9 +64,12 @@ def merge_options(config: Any, options: Sequence[Option]) -> tuple[Any, list[Fau
     faults: list[Fault] = []
     typed: list[Option] = []
     for option in options:
-        if table := next((key for key in tables if option.key.startswith(f"{key}.")), None):
-            config, more = _merge_table_entry(config, table, option)
-            faults += more
+        if any(option.key.startswith(f"{table}.") for table in tables):
+            if len(option.values) == 1:
+                value = _toml_value(option.values[0])
+                config = _with_entry(config, option.key.split("."), value)
+            else:
+                faults.append(Fault(option.key, "needs one value.", source=SOURCE))
         elif key_of(option, known) in known:
             typed.append(option)
         else:
@@ -75,6 +78,7 @@ def merge_options(config: Any, options: Sequence[Option]) -> tuple[Any, list[Fau
     if parsed is not None:
         return parsed, faults
     wrong = [option for option in typed if _parse(config, option.words) is None]
+    assert wrong, f"each option parses by itself but not all together: {typed}"
     return config, faults + [_wrong_value(option, config) for option in wrong]
 
 
@@ -106,23 +110,16 @@ def _parse(config: Any, words: Sequence[str]) -> Any:
             return None
 
 
-def _merge_table_entry(config: Any, table: str, option: Option) -> tuple[Any, list[Fault]]:
-    """`--model.overrides.n_layers 4`: one entry of a key that holds a table."""
-    if len(option.values) != 1:
-        return config, [Fault(option.key, "needs one value.", source=SOURCE)]
-    entry: Any = _toml_value(option.values[0])
-    for name in reversed(option.key.removeprefix(f"{table}.").split(".")):
-        entry = {name: entry}
-    section, name = table.split(".")
-    old = getattr(config, section)
-    new = dataclasses.replace(old, **{name: _deep_merge(getattr(old, name), entry)})
-    return dataclasses.replace(config, **{section: new}), []
-
-
-def _deep_merge(base: Any, top: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(top, dict)):
-        return top
-    return base | {name: _deep_merge(base.get(name), value) for name, value in top.items()}
+def _with_entry(base: Any, path: Sequence[str], value: Any) -> Any:
+    """A config, or a table in it, with the entry at a path of names set."""
+    if not path:
+        return value
+    name, *rest = path
+    if dataclasses.is_dataclass(base):
+        inner = _with_entry(getattr(base, name), rest, value)
+        return dataclasses.replace(base, **{name: inner})
+    table = base if isinstance(base, dict) else {}
+    return table | {name: _with_entry(table.get(name), rest, value)}
 
 
 def _toml_value(word: str) -> Any:
@@ -180,21 +177,21 @@ _GRAMMAR = ConstructorRegistry()
 
 
 @_GRAMMAR.primitive_rule
-def _texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+def _strings(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """list[str]: `a,b` and `a b` are the same."""
     if info.type not in (list[str], list[str] | str):
         return None
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar="STR[,STR...]",
-        instance_from_str=lambda words: [text for word in words for text in word.split(",")],
+        instance_from_str=lambda words: [item for word in words for item in word.split(",")],
         is_instance=lambda value: isinstance(value, (list, str)),
-        str_from_instance=lambda texts: [texts if isinstance(texts, str) else ",".join(texts)],
+        str_from_instance=lambda value: [value if isinstance(value, str) else ",".join(value)],
     )
 
 
 @_GRAMMAR.primitive_rule
-def _lists_of_texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+def _lists_of_strings(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """list[list[str]] | None: a word for each inner list, split at commas."""
     if info.type != list[list[str]] | None:
         return None
@@ -206,27 +203,27 @@ def _lists_of_texts(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         ),
         is_instance=lambda value: value is None or isinstance(value, list),
         str_from_instance=lambda lists: (
-            ["None"] if lists is None else [",".join(texts) for texts in lists]
+            ["None"] if lists is None else [",".join(inner) for inner in lists]
         ),
     )
 
 
 @_GRAMMAR.primitive_rule
 def _tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Tables, and text or tables, in one word of TOML: `{path = "a.jsonl", weight = 2}`."""
-    takes_text = info.type == str | dict[str, Any] | list[dict[str, Any]]
-    if not takes_text and info.type != dict[str, Any]:
+    """Tables, and a string or tables, in one word of TOML: `{path = "a.jsonl", weight = 2}`."""
+    takes_string = info.type == str | dict[str, Any] | list[dict[str, Any]]
+    if not takes_string and info.type != dict[str, Any]:
         return None
 
     def parse(words: list[str]) -> Any:
         is_toml = words[0].startswith(("{", "[{"))
-        if not is_toml and not takes_text:
+        if not is_toml and not takes_string:
             raise ValueError("not a table")
         return tomli.loads(f"value = {words[0]}")["value"] if is_toml else words[0]
 
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="STR|{TOML}" if takes_text else "{TOML}",
+        metavar="STR|{TOML}" if takes_string else "{TOML}",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, (str, dict, list)),
         str_from_instance=lambda value: [str(value)],
