@@ -63,9 +63,9 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     if model and tokenizer:
         faults += check_tokenizer(tokenizer, model.vocab_size)
     checkpoint = attempt(find_checkpoint, config.checkpoint, Path(config.job.dump_folder))
-    progress = _progress(checkpoint, config)
+    progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
-    batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress)
+    batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
     if faults:
         raise ConfigError(faults)
     return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size)
@@ -81,13 +81,28 @@ def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
     if checkpoint is None:
         return {}
     own = checkpoint.parent == Path(config.job.dump_folder) / config.checkpoint.folder
-    return read_progress(checkpoint) if own or not config.checkpoint.initial_load_model_only else {}
+    if not own and config.checkpoint.initial_load_model_only:
+        return {}
+    progress = read_progress(checkpoint)
+    if progress["model_only"] and progress["step"] < config.training.steps:
+        fault = Fault(
+            "checkpoint.load_step",
+            f"{checkpoint} holds only the weights, so training cannot go on from it.",
+            "Load an earlier step, or start a new run from it by checkpoint.initial_load_path. "
+            "checkpoint.last_save_model_only = false keeps the last save complete.",
+            value=config.checkpoint.load_step,
+        )
+        raise ConfigError([fault])
+    excluded = set(config.checkpoint.exclude_from_loading)
+    parts = {"train_state": ("step", "n_tokens_seen"), "dataloader": ("slots", "global_batch_size")}
+    dropped = {key for part in excluded & set(parts) for key in parts[part]}
+    return {key: value for key, value in progress.items() if key not in dropped}
 
 
 def _batch_size(config: JobConfig, dp: int, progress: Progress) -> int:
     """The run's global batch size: a resumed run keeps the one it began with."""
     saved = progress.get("global_batch_size")
-    if saved is None or "dataloader" in config.checkpoint.exclude_from_loading:
+    if saved is None:
         return global_batch_size(config.training, dp)
     if config.training.global_batch_size not in (-1, saved):
         fault = Fault(

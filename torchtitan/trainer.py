@@ -65,7 +65,7 @@ class Trainer:
         if setup.checkpoint is not None:
             self.checkpoints.load(setup.checkpoint)
         self.loader = self._build_loader(config.training, setup.global_batch_size)
-        if "slots" in setup.progress and "dataloader" not in config.checkpoint.exclude_from_loading:
+        if "slots" in setup.progress:
             self.loader.load_state_dict(setup.progress["slots"])
         if config.validation.enable:
             size = config.validation.local_batch_size * setup.degrees.dp
@@ -120,6 +120,7 @@ class Trainer:
 
         self.watchdog.mark(self.step, "optimizer")
         norm, loss = global_grad_norm(self.model.parameters(), loss)
+        self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
         if self._may_step(loss_value, norm_value):

@@ -1,7 +1,6 @@
 """One config gives the same run on any data-parallel layout, and resuming equals never stopping."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,13 +54,17 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train(settings):
-    """Run the trainer on this rank; returns (initial weights, final weights, batches)."""
+def build(settings, kind):
+    """A trainer on this rank; settings are the command line's, True being a bare flag."""
     world = World.from_environment()
     argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items()]
-    config = load_config(argv)
-    nobody_to_watch = Watchdog(World(), 0, "")
-    trainer = RecordingTrainer(prepare(config, world.size, CPU), world, CPU, nobody_to_watch)
+    setup = prepare(load_config(argv), world.size, CPU)
+    return kind(setup, world, CPU, Watchdog(World(), 0, ""))
+
+
+def train(settings):
+    """Run the trainer on this rank; returns (initial weights, final weights, batches)."""
+    trainer = build(settings, RecordingTrainer)
     trainer.run()
     return trainer.initial, trainer.final, trainer.batches
 
@@ -77,7 +80,7 @@ def run(folder, world_size=1, **changes):
 
 def records(folder):
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return {record["step"]: record for record in map(json.loads, lines)}
+    return {record["step"]: record for record in map(json.loads, lines) if "loss" in record}
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +155,102 @@ def test_resuming_on_another_layout_gives_the_same_curve(reference, tmp_path):
     assert our_hashes == hashes
     for step, record in records(tmp_path).items():
         assert record["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6), step
+
+
+class PoisonedTrainer(RecordingTrainer):
+    """A gradient on the last rank alone is not finite, from step 3 to `last_poisoned`."""
+
+    last_poisoned = 3
+    unchanged: dict
+
+    def _forward_backward(self, batch, num_tokens):
+        loss = super()._forward_backward(batch, num_tokens)
+        self.before = snapshot(self)
+        if 3 <= self.step <= self.last_poisoned and self.world.rank == self.world.size - 1:
+            next(self.model.parameters()).grad.mul_(float("nan"))
+        return loss
+
+    def _train_step(self, batch):
+        super()._train_step(batch)
+        pairs = zip(snapshot(self), self.before, strict=True)
+        self.unchanged[self.step] = all(torch.equal(now, before) for now, before in pairs)
+
+
+def snapshot(trainer):
+    moments = [t for state in trainer.optimizer.state.values() for t in state.values()]
+    return [whole(t) for t in (*trainer.model.parameters(), *moments)]
+
+
+def train_poisoned(settings, last_poisoned):
+    trainer = build(settings, PoisonedTrainer)
+    trainer.last_poisoned, trainer.unchanged = last_poisoned, {}
+    try:
+        trainer.run()
+    except NonFinite as error:
+        return str(error), trainer.unchanged
+    return "", trainer.unchanged
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(tmp_path, world_size):
+    settings = COMMON | {"job.dump_folder": tmp_path, "training.on_nonfinite": "skip"}
+    for error, unchanged in run_ranks(train_poisoned, world_size, settings, 3):
+        assert not error
+        assert [step for step, same in unchanged.items() if same] == [3]
+
+
+@pytest.mark.parametrize(("policy", "last_step"), [("stop", 3), ("skip", 5)])
+def test_gradients_that_are_not_finite_stop_every_rank(tmp_path, policy, last_step):
+    settings = COMMON | CHECKPOINTS | {
+        "job.dump_folder": tmp_path,
+        "training.on_nonfinite": policy,
+        "training.max_skipped_steps": 2,
+    }
+    for error, _ in run_ranks(train_poisoned, 2, settings, STEPS):
+        assert error.startswith(f"step {last_step}: ")
+    names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert names == ["step-2", "step-4"][: last_step // 2]
+
+
+VALIDATION = {
+    "validation.enable": True,
+    "validation.dataset": "c4_test_validation",
+    "validation.seq_len": 32,
+    "validation.freq": 3,
+    "validation.local_batch_size": 12,
+}
+
+
+@pytest.mark.parametrize("steps", [-1, 2])
+def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(tmp_path, steps):
+    settings = VALIDATION | {"validation.steps": steps, "model.overrides.n_layers": 1}
+    expected, _, final, _ = run(tmp_path / "one", **settings)
+    losses = {step: r["validation_loss"] for step, r in by_step(tmp_path / "one").items()}
+    assert list(losses) == [1, 3, 6]
+    for name, world_size, more in [("b", 2, {"validation.local_batch_size": 6}), ("c", 3, {"validation.local_batch_size": 4})]:
+        run(tmp_path / name, world_size, **settings | more)
+        for step, record in by_step(tmp_path / name).items():
+            assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), step
+    *_, without, _ = run(tmp_path / "without", **{"model.overrides.n_layers": 1})
+    assert all(torch.equal(final[key], weight) for key, weight in without.items())
+
+
+def by_step(folder):
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record for record in lines if "validation_loss" in record}
+
+
+def test_a_run_ends_where_its_data_ends_and_saves(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": "some words " * n}) + "\n" for n in range(1, 40)))
+    settings = CHECKPOINTS | {
+        "training.dataset": data,
+        "training.no_repeat": True,
+        "training.steps": 100,
+        "checkpoint.interval": 50,
+    }
+    *_, hashes = run(tmp_path / "one", **settings)
+    *_, ours = run(tmp_path / "two", 2, **settings)
+    assert hashes == ours and 1 < len(hashes) < 100
+    saved = [path.name for path in (tmp_path / "two" / "checkpoint").iterdir()]
+    assert saved == [f"step-{len(hashes)}"]

@@ -82,9 +82,13 @@ class CheckpointManager:
     def load(self, checkpoint: Path) -> None:
         """Read weights, and optimizer state unless it is excluded, in any layout. Collective."""
         own = checkpoint.parent == self.folder
+        weights_only = (
+            (not own and self.config.initial_load_model_only)
+            or "optimizer" in self.config.exclude_from_loading
+            or read_progress(checkpoint)["model_only"]
+        )
         state: dict[str, Any] = {"model": self.model.state_dict()}
-        with_optimizer = own or not self.config.initial_load_model_only
-        if with_optimizer and "optimizer" not in self.config.exclude_from_loading:
+        if not weights_only:
             state["optimizer"] = self.optimizer_state
         dcp.load(state, checkpoint_id=checkpoint)
         logger.info(f"loaded {' and '.join(state)} from {checkpoint}")

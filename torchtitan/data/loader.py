@@ -73,21 +73,28 @@ class Loader:
             generator=torch.Generator(),  # the default would draw from the global one at every start
         )
         self._iterator: Iterator[_Rows] | None = None
+        self._ahead: list[_Rows] = []  # what the next batch is made of, where it was prefetched
         self._states = stream.states
 
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def prefetch(self) -> None:
+        """Prepare the next batch now, while the device has other work; it counts once it is handed out."""
         if self._iterator is None:  # not before: workers start from the state that has been loaded by now
             self._iterator = iter(self._loader)
-        parts = [next(self._iterator) for _ in range(max(1, self._num_workers))]
+        if not self._ahead:
+            self._ahead = [next(self._iterator) for _ in range(max(1, self._num_workers))]
+
+    def __next__(self) -> Batch:
+        self.prefetch()
+        parts, self._ahead = self._ahead, []
         self._states = {slot: state for part in parts for slot, state in part.states.items()}
         return self._joined(parts)
 
     def restart(self) -> None:
         """Go back to where the loader began: the start of the data, or the state that was loaded."""
-        self._iterator = None
+        self._iterator, self._ahead = None, []
         self._states = self._stream.states
 
     def state_dict(self) -> dict[str, Any]:
