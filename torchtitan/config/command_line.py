@@ -77,7 +77,7 @@ def merge_options(config: Any, options: Sequence[Option]) -> tuple[Any, list[Fau
     parsed = _parse(config, [word for option in typed for word in option.words])
     if parsed is not None:
         return parsed, faults
-    wrong = [option for option in typed if _parse(config, option.words) is None]
+    wrong = [option for option in typed if _is_wrong(option, config)]
     assert wrong, f"each option parses by itself but not all together: {typed}"
     return config, faults + [_wrong_value(option, config) for option in wrong]
 
@@ -136,6 +136,12 @@ def _unknown(option: Option, known: dict[str, Any]) -> Fault:
         remedy = "Options are --section.key value; text with spaces needs quotes."
         return Fault(typed, "belongs to no option.", remedy, source=SOURCE)
     return Fault(typed, "no such option.", suggest(option.key, known), source=SOURCE)
+
+
+def _is_wrong(option: Option, config: Any) -> bool:
+    key = key_of(option, leaf_keys(config))
+    flag_with_value = _kind_of(key, type(config)) is bool and bool(option.values)
+    return flag_with_value or _parse(config, option.words) is None
 
 
 def _wrong_value(option: Option, config: Any) -> Fault:
