@@ -85,8 +85,12 @@ CASES = (
     ),
     OverrideDefinitions(
         (
-            ("--checkpoint.enable", "--checkpoint.interval=2", "--training.steps=2"),
-            ("--checkpoint.enable", "--training.local_batch_size=12"),
+            (
+                "--checkpoint.enable",
+                "--checkpoint.no_last_save_model_only",
+                "--training.steps=2",
+            ),
+            ("--checkpoint.enable",),
         ),
         "stop after two steps, resume",
         "checkpoint_resume",
