@@ -79,7 +79,7 @@ def save_toml(config: JobConfig, path: str | Path) -> None:
     """Write the whole config; a run launched from that file has the same one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_toml(config))
+    path.write_text(to_toml(config), encoding="utf-8")
 
 
 def _lines_of_keys(text: str) -> dict[str, int]:
