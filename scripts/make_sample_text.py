@@ -24,9 +24,21 @@ from pydoc_data.topics import topics
 ASSETS = Path(__file__).resolve().parents[1] / "tests" / "assets"
 VALIDATION_DOCUMENTS = 120
 SHORTEST = 160  # characters; below are stubs such as "See help(type(self))."
-SKIPPED_FOLDERS = ("site-packages", "test", "tests", "lib2to3", "idlelib", "ensurepip", "turtledemo", "pydoc_data")
+SKIPPED_FOLDERS = (
+    "site-packages",
+    "test",
+    "tests",
+    "lib2to3",
+    "idlelib",
+    "ensurepip",
+    "turtledemo",
+    "pydoc_data",
+)
 # Some modules came with terms of their own; the sample keeps to text under the PSF licence alone.
-OTHER_TERMS = re.compile(r"permission to use, copy|permission is hereby granted|redistributions? (and use|of source)", re.I)
+OTHER_TERMS = re.compile(
+    r"permission to use, copy|permission is hereby granted|redistributions? (and use|of source)",
+    re.I,
+)
 LEGAL = re.compile(r"copyright|licen[sc]e|all rights reserved|-\*-|^#!", re.I)
 
 
@@ -35,7 +47,9 @@ def main() -> None:
     random.Random(0).shuffle(documents)
     write(ASSETS / "c4_test_validation", documents[:VALIDATION_DOCUMENTS])
     write(ASSETS / "c4_test", documents[VALIDATION_DOCUMENTS:])
-    shutil.copy(Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", ASSETS / "c4_test" / "LICENSE.txt")
+    shutil.copy(
+        Path(sysconfig.get_path("stdlib")) / "LICENSE.txt", ASSETS / "c4_test" / "LICENSE.txt"
+    )
 
 
 def topic_sections() -> Iterator[str]:
@@ -91,7 +105,9 @@ def write(folder: Path, documents: list[str]) -> None:
     with open(folder / "data.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     size = sum(map(len, documents))
-    print(f"{folder}: {len(documents)} documents, {size:,} characters, CPython {sys.version.split()[0]}")
+    print(
+        f"{folder}: {len(documents)} documents, {size:,} characters, CPython {sys.version.split()[0]}"
+    )
 
 
 if __name__ == "__main__":

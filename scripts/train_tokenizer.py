@@ -19,7 +19,9 @@ SPLIT = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, default=ASSETS / "c4_test" / "data.jsonl")
     parser.add_argument("--output", type=Path, default=ASSETS / "tokenizer")
     parser.add_argument("--vocab-size", type=int, default=2048)
@@ -50,7 +52,9 @@ def train(text: Path, vocab_size: int) -> Tokenizer:
     )
     with open(text, encoding="utf-8") as lines:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
-    assert tokenizer.get_vocab_size() == vocab_size, f"{tokenizer.get_vocab_size()} tokens, wanted {vocab_size}"
+    assert tokenizer.get_vocab_size() == vocab_size, (
+        f"{tokenizer.get_vocab_size()} tokens, wanted {vocab_size}"
+    )
     return tokenizer
 
 

@@ -27,7 +27,9 @@ def batch_hash(*shares: Batch) -> str:
     """A fingerprint of a global batch, given the shares of all ranks in order, however many they are."""
     digest = hashlib.sha256()
     for share in shares:
-        for tokens, labels, lengths in zip(share.tokens, share.labels, share.document_lengths, strict=True):
+        for tokens, labels, lengths in zip(
+            share.tokens, share.labels, share.document_lengths, strict=True
+        ):
             digest.update(tokens.numpy().tobytes())
             digest.update(labels.numpy().tobytes())
             digest.update(np.asarray(lengths, dtype=np.int64).tobytes())

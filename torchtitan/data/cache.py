@@ -17,12 +17,16 @@ def cached(original: Path, suffix: str, write: Callable[[Path], None]) -> Path:
     folder = Path.home() / ".cache" / "torchtitan" / "data"
     stat = original.stat()
     identity = f"{original.resolve()} {stat.st_size} {stat.st_mtime_ns} {suffix}"
-    target = folder / f"{original.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{suffix}"
+    target = (
+        folder / f"{original.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{suffix}"
+    )
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of the ranks of a host the first one writes, the others wait
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # of the ranks of a host the first one writes, the others wait
         if not target.exists():
             logger.info(f"preparing {original} for random access, once: {target}")
             partial = folder / f"{target.name}.partial"

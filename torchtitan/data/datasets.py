@@ -43,7 +43,9 @@ REGISTERED = {
 
 
 def parse_dataset(
-    dataset: str | Mapping[str, Any] | Sequence[Mapping[str, Any]], dataset_path: str | None = None, section: str = "training"
+    dataset: str | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    dataset_path: str | None = None,
+    section: str = "training",
 ) -> list[SourceSpec]:
     """The sources a dataset setting names; ConfigError with every mistake in it."""
     setting = f"{section}.dataset"
@@ -53,9 +55,20 @@ def parse_dataset(
     faults = []
     if dataset_path is not None:
         remedy = "Give a source's files by the key path of its own table."
-        faults.append(Fault(f"{section}.dataset_path", "goes only with a registered dataset.", remedy, dataset_path))
+        faults.append(
+            Fault(
+                f"{section}.dataset_path",
+                "goes only with a registered dataset.",
+                remedy,
+                dataset_path,
+            )
+        )
     if not tables:
-        faults.append(Fault(setting, "names no source.", "Give a name, a path, or tables of sources.", dataset))
+        faults.append(
+            Fault(
+                setting, "names no source.", "Give a name, a path, or tables of sources.", dataset
+            )
+        )
     for position, table in enumerate(tables):
         where = setting if isinstance(dataset, Mapping) else f"{setting}[{position}]"
         faults += _faults_of_table(table, where)
@@ -64,7 +77,9 @@ def parse_dataset(
     return [_completed(SourceSpec(**table)) for table in tables]
 
 
-def open_sources(specs: Sequence[SourceSpec], dealing: Dealing, section: str = "training") -> list[Source]:
+def open_sources(
+    specs: Sequence[SourceSpec], dealing: Dealing, section: str = "training"
+) -> list[Source]:
     """Find, index and probe the documents; ConfigError where there are none."""
     return [_open(spec, key, dealing, f"{section}.dataset") for key, spec in enumerate(specs)]
 
@@ -78,7 +93,16 @@ def _named(dataset: str, dataset_path: str | None, section: str) -> SourceSpec:
     nearest = difflib.get_close_matches(dataset, REGISTERED, n=1)
     hint = f"Did you mean {nearest[0]}? " if nearest else ""
     remedy = f"{hint}Registered: {', '.join(REGISTERED)}; or name files, or a table {{name = 'owner/dataset'}} for the Hub."
-    raise ConfigError([Fault(f"{section}.dataset", "is neither a registered dataset nor files that exist.", remedy, dataset)])
+    raise ConfigError(
+        [
+            Fault(
+                f"{section}.dataset",
+                "is neither a registered dataset nor files that exist.",
+                remedy,
+                dataset,
+            )
+        ]
+    )
 
 
 def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
@@ -92,12 +116,20 @@ def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
             remedy = f"Did you mean {nearest[0]}?" if nearest else f"Keys: {', '.join(known)}."
             faults.append(Fault(f"{where}.{key}", "is not a key of a source.", remedy, value))
         elif key == "weight":
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 < value < math.inf
+            ):
                 faults.append(Fault(f"{where}.weight", "must be a number above zero.", value=value))
         elif not isinstance(value, str):
             faults.append(Fault(f"{where}.{key}", "must be a string.", value=value))
     if ("path" in table) == ("name" in table):
-        faults.append(Fault(where, "a source has either a path or a name.", "Give one of the two.", dict(table)))
+        faults.append(
+            Fault(
+                where, "a source has either a path or a name.", "Give one of the two.", dict(table)
+            )
+        )
     return faults
 
 
@@ -105,7 +137,9 @@ def _completed(spec: SourceSpec) -> SourceSpec:
     """A table that names a registered dataset, with what the register says and the table does not."""
     if spec.name not in REGISTERED:
         return spec
-    given = {f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default}
+    given = {
+        f.name: getattr(spec, f.name) for f in fields(spec) if getattr(spec, f.name) != f.default
+    }
     return replace(REGISTERED[spec.name], **{**given, "name": REGISTERED[spec.name].name})
 
 
@@ -113,9 +147,13 @@ def _open(spec: SourceSpec, key: int, dealing: Dealing, setting: str) -> Source:
     if spec.path is None:
         shards = open_hub(spec.name, spec.subset, spec.split, spec.text_key, setting)
         return StreamedSource(spec.name, shards, key, dealing)
-    source = IndexedSource(spec.name or spec.path, open_files(spec.path, spec.text_key, setting), key, dealing)
+    source = IndexedSource(
+        spec.name or spec.path, open_files(spec.path, spec.text_key, setting), key, dealing
+    )
     if not len(source):
-        raise ConfigError([Fault(setting, "holds no document.", "Name files that have some.", spec.path)])
+        raise ConfigError(
+            [Fault(setting, "holds no document.", "Name files that have some.", spec.path)]
+        )
     reasons = []
     for document in range(min(_PROBED, len(source))):
         try:
@@ -125,4 +163,13 @@ def _open(spec: SourceSpec, key: int, dealing: Dealing, setting: str) -> Source:
         else:
             return source
     reason = f"none of its first {len(reasons)} documents can be used: {reasons[0]}."
-    raise ConfigError([Fault(setting, reason, "Repair the file, or set text_key in the source's table.", spec.path)])
+    raise ConfigError(
+        [
+            Fault(
+                setting,
+                reason,
+                "Repair the file, or set text_key in the source's table.",
+                spec.path,
+            )
+        ]
+    )

@@ -63,7 +63,9 @@ class JsonLines(_Mapped):
             raise BadDocument(self._where(start), str(error)) from None
 
     def _where(self, start: int) -> str:
-        line = 1 + sum(self._map[at : min(at + _CHUNK, start)].count(b"\n") for at in range(0, start, _CHUNK))
+        line = 1 + sum(
+            self._map[at : min(at + _CHUNK, start)].count(b"\n") for at in range(0, start, _CHUNK)
+        )
         return f"{self.named}:{line}"
 
 
@@ -94,9 +96,13 @@ class TokenFile(_Mapped):
         self.path = path
         self.starts = np.load(index_path(path), mmap_mode="r")
         num_tokens, num_bytes = int(self.starts[-1]), path.stat().st_size
+        if not num_tokens:
+            raise ValueError("it holds no tokens")
         widths = {2 * num_tokens: np.dtype("<u2"), 4 * num_tokens: np.dtype("<u4")}
         if num_bytes not in widths:
-            raise ValueError(f"{num_bytes} bytes for the {num_tokens} tokens of {index_path(path).name}: not 2 or 4 each")
+            raise ValueError(
+                f"{num_bytes} bytes for the {num_tokens} tokens of {index_path(path).name}: not 2 or 4 each"
+            )
         self.dtype = widths[num_bytes]
 
     def __len__(self) -> int:
@@ -138,7 +144,9 @@ def text_of(record: object, text_key: str) -> str:
 def _line_starts(path: Path) -> np.ndarray:
     """Byte offsets of the lines that are not blank."""
     ends = []
-    data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    data = (
+        np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    )
     for at in range(0, len(data), _CHUNK):
         ends.append(np.flatnonzero(data[at : at + _CHUNK] == ord("\n")) + at)
     starts = np.concatenate([[0], *[end + 1 for end in ends]]).astype(np.int64)

@@ -20,7 +20,17 @@ from torchtitan.data.files import DocumentFile, JsonLines, TextFile, TokenFile
 from torchtitan.data.permutation import mix, permute
 from torchtitan.data.source import Dealing, Document
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".json.gz", ".json.zst", ".parquet", ".txt", ".bin")
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".json",
+    ".json.gz",
+    ".json.zst",
+    ".parquet",
+    ".txt",
+    ".bin",
+)
 """Formats that are read; `.json` is taken as lines of JSON, which is what published datasets mean by it."""
 
 
@@ -49,7 +59,11 @@ class IndexedSource:
         place = (slot - dealt_before) % num_slots + index * num_slots
         if place >= size:
             return None
-        return self[permute(place, size, mix(self.dealing.seed, self.key, epoch)) if self.dealing.shuffle else place]
+        return self[
+            permute(place, size, mix(self.dealing.seed, self.key, epoch))
+            if self.dealing.shuffle
+            else place
+        ]
 
 
 def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
@@ -57,13 +71,24 @@ def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
     paths = find_files(pattern)
     if not paths:
         known = ", ".join(SUFFIXES)
-        raise ConfigError([Fault(setting, "no file of a known format is there.", f"Formats: {known}.", pattern)])
+        raise ConfigError(
+            [Fault(setting, "no file of a known format is there.", f"Formats: {known}.", pattern)]
+        )
     files, faults = [], []
     for path in paths:
         try:
             files.append(_open(path, text_key))
-        except (OSError, ValueError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
-            faults.append(Fault(setting, f"cannot be read: {error}.", "Repair or remove the file.", str(path)))
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            zlib.error,
+            zstandard.ZstdError,
+            pyarrow.ArrowException,
+        ) as error:
+            faults.append(
+                Fault(setting, f"cannot be read: {error}.", "Repair or remove the file.", str(path))
+            )
     if faults:
         raise ConfigError(faults)
     return files
@@ -82,7 +107,9 @@ def _open(path: Path, text_key: str) -> DocumentFile:
     if path.suffix == ".bin":
         return TokenFile(path)
     if path.suffix == ".parquet":
-        copy = cached(path, f".{text_key}.jsonl", lambda target: _unpack_parquet(path, text_key, target))
+        copy = cached(
+            path, f".{text_key}.jsonl", lambda target: _unpack_parquet(path, text_key, target)
+        )
         return JsonLines(copy, text_key, named=path)
     if path.suffix in (".gz", ".zst"):
         opener: Callable = gzip.open if path.suffix == ".gz" else zstandard.open
@@ -101,9 +128,13 @@ def _unpack_parquet(path: Path, text_key: str, target: Path) -> None:
     with pyarrow.parquet.ParquetFile(path) as table, open(target, "w", encoding="utf-8") as lines:
         columns = table.schema_arrow.names
         if text_key not in columns:
-            raise ValueError(f"there is no column {text_key!r}, only {', '.join(map(repr, columns))}")
+            raise ValueError(
+                f"there is no column {text_key!r}, only {', '.join(map(repr, columns))}"
+            )
         kind = table.schema_arrow.field(text_key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise ValueError(f"column {text_key!r} holds {kind}, not text")
         for rows in table.iter_batches(batch_size=1024, columns=[text_key]):
-            lines.writelines(json.dumps({text_key: text}) + "\n" for text in rows.column(0).to_pylist())
+            lines.writelines(
+                json.dumps({text_key: text}) + "\n" for text in rows.column(0).to_pylist()
+            )

@@ -49,10 +49,18 @@ def build_loader(config: DataConfig, tokenizer: Tokenizer, slots: range) -> "Loa
 
 def check_workers(config: DataConfig) -> list[Fault]:
     """Worker settings that mean nothing without workers."""
-    given = {"persistent_workers": config.persistent_workers, "prefetch_factor": config.prefetch_factor}
-    reason, remedy = "has no effect without workers.", "Set num_workers to 1 or more, or leave it out."
+    given = {
+        "persistent_workers": config.persistent_workers,
+        "prefetch_factor": config.prefetch_factor,
+    }
+    reason, remedy = (
+        "has no effect without workers.",
+        "Set num_workers to 1 or more, or leave it out.",
+    )
     names = [name for name, value in given.items() if value and config.num_workers == 0]
-    return [Fault(f"{config.section}.dataloader.{name}", reason, remedy, given[name]) for name in names]
+    return [
+        Fault(f"{config.section}.dataloader.{name}", reason, remedy, given[name]) for name in names
+    ]
 
 
 class Loader:
@@ -81,7 +89,9 @@ class Loader:
 
     def prefetch(self) -> None:
         """Prepare the next batch now, while the device has other work; it counts once it is handed out."""
-        if self._iterator is None:  # not before: workers start from the state that has been loaded by now
+        if (
+            self._iterator is None
+        ):  # not before: workers start from the state that has been loaded by now
             self._iterator = iter(self._loader)
         if not self._ahead:
             self._ahead = [next(self._iterator) for _ in range(max(1, self._num_workers))]
@@ -110,11 +120,15 @@ class Loader:
     @property
     def num_skipped_documents(self) -> int:
         """Bad documents that this rank's slots have met so far."""
-        return sum(source["skipped"] for state in self._states.values() for source in state["sources"])
+        return sum(
+            source["skipped"] for state in self._states.values() for source in state["sources"]
+        )
 
     def _joined(self, parts: "Sequence[_Rows]") -> Batch:
         num_rows, seq_len = len(self._stream.slots), self._stream.seq_len
-        tokens, labels = torch.empty(2, num_rows, seq_len, dtype=torch.int64, pin_memory=self._pin_memory)
+        tokens, labels = torch.empty(
+            2, num_rows, seq_len, dtype=torch.int64, pin_memory=self._pin_memory
+        )
         lengths: list[list[int]] = [[]] * num_rows
         for worker, part in enumerate(parts):
             tokens[worker :: len(parts)] = torch.from_numpy(part.tokens)
@@ -155,13 +169,25 @@ class _SlotStream(IterableDataset):
 
     def load(self, states: Mapping[str, Any]) -> None:
         if set(states) != set(map(str, range(self.num_slots))):
-            reason = f"the checkpoint holds the places of {len(states)} sequences of a global batch."
+            reason = (
+                f"the checkpoint holds the places of {len(states)} sequences of a global batch."
+            )
             remedy = f"Resume with {self.section}.global_batch_size = {len(states)}."
-            raise ConfigError([Fault(f"{self.section}.global_batch_size", reason, remedy, self.num_slots)])
+            raise ConfigError(
+                [Fault(f"{self.section}.global_batch_size", reason, remedy, self.num_slots)]
+            )
         saved = len(states[str(self.slots[0])]["sources"])
         if saved != len(self.sources):
             reason = f"names {len(self.sources)} sources, the checkpoint was made with {saved}."
-            raise ConfigError([Fault(f"{self.section}.dataset", reason, "Resume with the same sources in the same order.")])
+            raise ConfigError(
+                [
+                    Fault(
+                        f"{self.section}.dataset",
+                        reason,
+                        "Resume with the same sources in the same order.",
+                    )
+                ]
+            )
         self.states = {slot: states[str(slot)] for slot in self.slots}
 
     def __iter__(self) -> Iterator[_Rows]:
@@ -178,7 +204,10 @@ class _SlotStream(IterableDataset):
             Slot(
                 number,
                 self.num_slots,
-                [PackedStream(source, number, self.tokenizer, self.repeat) for source in self.sources],
+                [
+                    PackedStream(source, number, self.tokenizer, self.repeat)
+                    for source in self.sources
+                ],
                 self.weights,
             )
             for number in numbers

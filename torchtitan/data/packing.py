@@ -40,7 +40,10 @@ class PackedStream:
         at = 0
         while at < len(tokens) and self._load():
             end = min(self.offset + len(tokens) - at, len(self._tokens))
-            piece, following = self._tokens[self.offset : end], self._tokens[self.offset + 1 : end + 1]
+            piece, following = (
+                self._tokens[self.offset : end],
+                self._tokens[self.offset + 1 : end + 1],
+            )
             tokens[at : at + len(piece)] = piece
             labels[at : at + len(following)] = following
             labels[at + len(following) : at + len(piece)] = IGNORE_INDEX
@@ -52,7 +55,12 @@ class PackedStream:
         return lengths
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "document": self.document, "offset": self.offset, "skipped": self.skipped}
+        return {
+            "epoch": self.epoch,
+            "document": self.document,
+            "offset": self.offset,
+            "skipped": self.skipped,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.document = state["epoch"], state["document"]
@@ -64,7 +72,9 @@ class PackedStream:
         fruitless = 0
         while self._tokens is None and not self.dry:
             if fruitless == _FRUITLESS:
-                raise DataError(f"{self._source.name}: no usable text for slot {self._slot} in {fruitless} tries")
+                raise DataError(
+                    f"{self._source.name}: no usable text for slot {self._slot} in {fruitless} tries"
+                )
             fruitless += 1
             try:
                 document = self._source.read(self._slot, self.epoch, self.document)
@@ -99,7 +109,9 @@ class PackedStream:
     def _skip(self, error: BadDocument) -> None:
         self.skipped += 1
         if self.skipped <= _REPORTED:
-            last = "; further ones of this slot are only counted" if self.skipped == _REPORTED else ""
+            last = (
+                "; further ones of this slot are only counted" if self.skipped == _REPORTED else ""
+            )
             logger.warning(f"document skipped: {error}{last}")
         self._next_document()
 

@@ -31,7 +31,7 @@ def permute(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & mask
         for round_number in range(_ROUNDS):
-            left, right = right, left ^ (mix(key, round_number, right) & mask)
+            left, right = right, left ^ (mix(key + (round_number << half) + right) & mask)
         index = left << half | right
         if index < size:
             return index

@@ -13,7 +13,9 @@ from torchtitan.data.packing import PackedStream
 class Slot:
     """A row of every global batch. It mixes sources by whole sequences, so that weights are token ratios."""
 
-    def __init__(self, number: int, num_slots: int, streams: Sequence[PackedStream], weights: Sequence[float]):
+    def __init__(
+        self, number: int, num_slots: int, streams: Sequence[PackedStream], weights: Sequence[float]
+    ):
         self.number, self.streams, self.weights = number, streams, weights
         self.turn = 0  # sequences so far
         # Slots are at different points of the schedule of sources, so that each batch has the mix as well.

@@ -11,7 +11,9 @@ from torchtitan.data.permutation import mix
 from torchtitan.data.source import BadDocument, Dealing, Document
 from torchtitan.logging import logger
 
-_BUFFER = 1000  # documents drawn from at random; more shuffles better and holds more memory in every slot
+_BUFFER = (
+    1000  # documents drawn from at random; more shuffles better and holds more memory in every slot
+)
 
 Shard = Callable[[], Iterable[Document | BadDocument]]
 
@@ -26,7 +28,9 @@ class StreamedSource:
 
     def __init__(self, name: str, shards: Sequence[Shard], key: int, dealing: Dealing):
         self.name, self.shards, self.key, self.dealing = name, shards, key, dealing
-        self._open: dict[int, tuple[int, int, Iterator]] = {}  # slot: (epoch, next index, the stream)
+        self._open: dict[
+            int, tuple[int, int, Iterator]
+        ] = {}  # slot: (epoch, next index, the stream)
         if len(shards) < dealing.num_slots:
             logger.warning(
                 f"{name}: {len(shards)} shards for {dealing.num_slots} slots, so every slot streams all of it; "
@@ -54,8 +58,12 @@ class StreamedSource:
         documents = (document for shard in shards for document in shard())
         if dealing.shuffle:
             documents = _shuffled(documents, draw)
-        if in_turn:  # moving on by one slot an epoch, so that a few documents reach every slot in time
-            documents = islice(documents, (slot - epoch) % dealing.num_slots, None, dealing.num_slots)
+        if (
+            in_turn
+        ):  # moving on by one slot an epoch, so that a few documents reach every slot in time
+            documents = islice(
+                documents, (slot - epoch) % dealing.num_slots, None, dealing.num_slots
+            )
         return documents
 
     def __getstate__(self) -> dict:
@@ -68,7 +76,9 @@ def open_hub(name: str, subset: str | None, split: str, text_key: str, setting: 
         import datasets
     except ImportError as error:
         remedy = "pip install 'torchtitan[datasets]', or use local files or the offline c4_test and c4_test_validation."
-        raise ConfigError([Fault(setting, "streaming from the Hub needs the package datasets.", remedy, name)]) from error
+        raise ConfigError(
+            [Fault(setting, "streaming from the Hub needs the package datasets.", remedy, name)]
+        ) from error
     try:
         dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:  # unknown name, subset or split; no network
@@ -78,7 +88,9 @@ def open_hub(name: str, subset: str | None, split: str, text_key: str, setting: 
     return [partial(_hub_shard, dataset, count, index, text_key, name) for index in range(count)]
 
 
-def _hub_shard(dataset, count: int, index: int, text_key: str, name: str) -> Iterator[Document | BadDocument]:
+def _hub_shard(
+    dataset, count: int, index: int, text_key: str, name: str
+) -> Iterator[Document | BadDocument]:
     # By batches: iterated singly, the library would split a shard again among DataLoader workers.
     rows = 0
     for batch in dataset.shard(num_shards=count, index=index).iter(batch_size=64):

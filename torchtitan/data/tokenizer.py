@@ -43,28 +43,38 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder with tokenizer.json and, where there is one, tokenizer_config.json."""
     path = Path(path)
     if path.name.endswith("tokenizer.model"):
-        raise _refused(path, "SentencePiece and tiktoken files are not supported.", "Name a folder with a tokenizer.json.")
+        raise _refused(
+            path,
+            "SentencePiece and tiktoken files are not supported.",
+            "Name a folder with a tokenizer.json.",
+        )
     if path.name == "tokenizer.json":
         path = path.parent
     if not (path / "tokenizer.json").is_file():
         reason = "has no tokenizer.json." if path.is_dir() else "there is no such folder."
-        raise _refused(path, reason, "Name a folder with a Hugging Face tokenizer, such as ./tests/assets/tokenizer.")
+        raise _refused(
+            path,
+            reason,
+            "Name a folder with a Hugging Face tokenizer, such as ./tests/assets/tokenizer.",
+        )
 
     backend = _read_backend(path)
     config = _read_config(path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     if not vocabulary:
         raise _refused(path, "tokenizer.json holds an empty vocabulary.")
-    bos_id, eos_id = (_special_id(path, config, key, vocabulary) for key in ("bos_token", "eos_token"))
-    added = backend.encode("").ids  # whatever the post-processor puts around nothing
+    bos_id, eos_id = (
+        _special_id(path, config, key, vocabulary) for key in ("bos_token", "eos_token")
+    )
+    probe = backend.encode("a").ids  # shows what the post-processor puts around a text
     return Tokenizer(
         path=path,
         backend=backend,
         vocab_size=max(vocabulary.values()) + 1,
         bos_id=bos_id,
         eos_id=eos_id,
-        adds_bos=added[:1] == [bos_id],
-        adds_eos=added[-1:] == [eos_id] and len(added) > (bos_id == eos_id and added[:1] == [bos_id]),
+        adds_bos=probe[:1] == [bos_id],
+        adds_eos=probe[-1:] == [eos_id],
     )
 
 
@@ -75,10 +85,24 @@ def check_tokenizer(tokenizer: Tokenizer, model_vocab_size: int) -> list[Fault]:
     path = str(tokenizer.path)
     size = tokenizer.vocab_size
     remedy = f"Use the tokenizer the model was made for, or set model.overrides.vocab_size = {size} or more."
-    faults = [Fault(SETTING, f"its ids reach {size - 1}, the model embeds only {model_vocab_size}.", remedy, path)]
+    faults = [
+        Fault(
+            SETTING,
+            f"its ids reach {size - 1}, the model embeds only {model_vocab_size}.",
+            remedy,
+            path,
+        )
+    ]
     for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
         if token_id is not None and token_id >= model_vocab_size:
-            faults.append(Fault(SETTING, f"{name} has id {token_id}, the model embeds only {model_vocab_size}.", remedy, path))
+            faults.append(
+                Fault(
+                    SETTING,
+                    f"{name} has id {token_id}, the model embeds only {model_vocab_size}.",
+                    remedy,
+                    path,
+                )
+            )
     return faults
 
 
@@ -86,7 +110,9 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception for anything wrong with the file
-        raise _refused(path, f"tokenizer.json cannot be read: {error}.", "Download it again.") from error
+        raise _refused(
+            path, f"tokenizer.json cannot be read: {error}.", "Download it again."
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -96,20 +122,31 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(path, f"tokenizer_config.json cannot be read: {error}.", "Download it again.") from error
+        raise _refused(
+            path, f"tokenizer_config.json cannot be read: {error}.", "Download it again."
+        ) from error
     if not isinstance(config, dict):
-        raise _refused(path, f"tokenizer_config.json holds {type(config).__name__}, not an object.", "Download it again.")
+        raise _refused(
+            path,
+            f"tokenizer_config.json holds {type(config).__name__}, not an object.",
+            "Download it again.",
+        )
     return config
 
 
-def _special_id(path: Path, config: dict[str, Any], key: str, vocabulary: dict[str, int]) -> int | None:
+def _special_id(
+    path: Path, config: dict[str, Any], key: str, vocabulary: dict[str, int]
+) -> int | None:
     token = config.get(key)
     if isinstance(token, dict):  # older files write the token with its flags
         token = token.get("content")
     if token is None:
         return None
     if token not in vocabulary:
-        raise _refused(path, f"tokenizer_config.json names the {key} {token!r}, which is not in the vocabulary.")
+        raise _refused(
+            path,
+            f"tokenizer_config.json names the {key} {token!r}, which is not in the vocabulary.",
+        )
     return vocabulary[token]
 
 
