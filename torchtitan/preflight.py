@@ -4,6 +4,7 @@
 every fault at once and exits with status 2, or says nothing. The trainer starts from its result.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,12 +49,15 @@ class Setup:
 def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     """Resolve a config for `world_size` ranks; raises ConfigError with every fault there is."""
     faults = list(check_config(config))
+    if config.experimental.custom_import:
+        faults += _import(config.experimental.custom_import)
 
     def attempt(function: Callable[..., Result], *args) -> Result | None:
         try:
             return function(*args)
         except ConfigError as error:
-            faults.extend(error.faults)
+            known = {fault.setting for fault in faults}  # a value is refused once, for the first reason
+            faults.extend(fault for fault in error.faults if fault.setting not in known)
             return None
 
     attempt(check_sinks, config.metrics)
@@ -69,6 +73,16 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     if faults:
         raise ConfigError(faults)
     return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size)
+
+
+def _import(module: str) -> list[Fault]:
+    """Import what may register models, losses or datasets of the user's own."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        remedy = "It must be importable from where the run is started (see PYTHONPATH)."
+        return [Fault("experimental.custom_import", f"{error}.", remedy, value=module)]
+    return []
 
 
 def _model_config(config: JobConfig) -> DecoderConfig:

@@ -10,22 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.attention import sdpa_kernel
 from torch.nn.utils import clip_grads_with_norm_
 
+from torchtitan.build import build_data, build_model
 from torchtitan.checkpoint.manager import CheckpointManager
-from torchtitan.config.manager import save_toml
+from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.batch import Batch
-from torchtitan.data.loader import DataConfig, Loader, build_loader
-from torchtitan.distributed.apply import parallelize
+from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
-from torchtitan.distributed.fsdp import Precision, fill_parameters, sync_gradients
+from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
+from torchtitan.distributed.styles import loss_layout
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
-from torchtitan.models.init import draw, parameter_inits
 from torchtitan.observability.metrics import MetricsLogger, Workload
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
@@ -57,7 +56,8 @@ class Trainer:
             _be_deterministic(config.debug.deterministic_warn_only)
 
         self.precision = Precision.resolve(config, device)
-        self.model = self._build_model()
+        mesh = setup.degrees.mesh(device.type)
+        self.model = build_model(setup.model_config, mesh, self.precision, config, device)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
         self.checkpoints = CheckpointManager(
             config.checkpoint, self.dump_folder, self.model, state_by_name(self.optimizer)
@@ -72,7 +72,7 @@ class Trainer:
             self.validation_loader = self._build_loader(config.validation, size)
         self.metrics = self._build_metrics()
         if world.rank == 0:
-            save_toml(config, self.dump_folder / "config.toml")
+            self._save_config()
         self._describe()
 
     def run(self) -> None:
@@ -102,6 +102,7 @@ class Trainer:
         gc.disable()  # collections happen at chosen steps only
         stack.callback(gc.enable)
         stack.enter_context(sdpa_kernel(SDPA_PRIORITY, set_priority=True))
+        stack.enter_context(loss_layout(self.setup.degrees.tp, config.parallelism))
         self.metrics.start(self.step)
         stack.callback(self.metrics.close)
         return stack.enter_context(
@@ -119,7 +120,7 @@ class Trainer:
         loss = self._forward_backward(batch, num_tokens)
 
         self.watchdog.mark(self.step, "optimizer")
-        norm, loss = global_grad_norm(self.model.parameters(), loss)
+        norm, loss = global_grad_norm(self.model.parameters(), loss / self.setup.degrees.tp)
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
@@ -190,7 +191,7 @@ class Trainer:
         """Sum of a count over the data-parallel ranks; on the host, the GPU is not waited for."""
         total = torch.tensor(count)
         dist.all_reduce(total)
-        return int(total)
+        return int(total) // self.setup.degrees.tp
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -236,40 +237,11 @@ class Trainer:
     def dump_folder(self) -> Path:
         return Path(self.config.job.dump_folder)
 
-    def _build_model(self) -> nn.Module:
-        """The model of this run, spread over the ranks and with its initial weights."""
-        config, device = self.config, self.device
-        with torch.device("meta"):
-            model = self.setup.model_config.build()
-        inits = parameter_inits(model)
-        mesh = self.setup.degrees.mesh(device.type)
-        parallelize(model, mesh, self.precision, config)
-
-        def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-            return draw(name, shape, inits[name], config.debug.seed, device)
-
-        storage = torch.device("cpu") if config.training.enable_cpu_offload else device
-        fill_parameters(model, storage, drawn)
-        model.fill_buffers(device)
-        return model
-
     def _build_loader(self, section: Training | Validation, num_slots: int) -> Loader:
-        """The loader of this rank's slots; validation reads its data once, and in order."""
-        share = num_slots // self.setup.degrees.dp
-        first = self.world.rank * share
-        training = isinstance(section, Training)
-        data = DataConfig(
-            dataset=section.dataset,
-            dataset_path=section.dataset_path,
-            num_slots=num_slots,
-            seq_len=section.seq_len,
-            seed=self.config.debug.seed,
-            repeat=training and section.repeat,
-            shuffle=training and section.shuffle,
-            section="training" if training else "validation",
-            **asdict(section.dataloader),
-        )
-        return build_loader(data, self.setup.tokenizer, range(first, first + share))
+        """The loader of this rank's share of `num_slots` sequences."""
+        degrees, seed = self.setup.degrees, self.config.debug.seed
+        slots = degrees.slots(self.world.rank, num_slots)
+        return build_data(section, self.setup.tokenizer, num_slots, slots, seed)
 
     def _build_metrics(self) -> MetricsLogger:
         config = self.config
@@ -285,8 +257,19 @@ class Trainer:
             config.metrics, config.job.dump_folder, workload, rank=rank, device=device
         )
 
+    def _save_config(self) -> None:
+        """Write config.toml, from which this very run can be started again."""
+        save_toml(self.config, self.dump_folder / "config.toml")
+        if self.config.job.save_config_file is not None:
+            path = self.dump_folder / self.config.job.save_config_file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(to_json(self.config))
+
     def _describe(self) -> None:
         """What this run is, in a few lines of its log."""
+        if self.config.job.print_config:
+            logger.info(to_json(self.config))
+        logger.info(self.config.job.description)
         config, precision = self.config, self.precision
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         degrees = ", ".join(f"{axis} {size}" for axis, size in asdict(self.setup.degrees).items())

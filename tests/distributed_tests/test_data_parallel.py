@@ -7,14 +7,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config.schema import ActivationCheckpoint, Compile, JobConfig, Parallelism, Training
+from torchtitan.build import build_model
+from torchtitan.config.schema import (
+    ActivationCheckpoint,
+    Compile,
+    Debug,
+    JobConfig,
+    Parallelism,
+    Training,
+)
 from torchtitan.data.batch import IGNORE_INDEX
-from torchtitan.distributed.apply import parallelize
-from torchtitan.distributed.fsdp import Precision, fill_parameters, sync_gradients
+from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.mesh import Degrees
-from torchtitan.models.init import draw, parameter_inits
+from torchtitan.distributed.styles import loss_layout
 from torchtitan.models.llama3 import FLAVORS
 
 CPU = torch.device("cpu")
@@ -36,27 +43,28 @@ def global_batch():
     return tokens[:, :-1], labels
 
 
+def build(model_config, config):
+    degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
+    precision = Precision.resolve(config, CPU)
+    return degrees, build_model(model_config, degrees.mesh("cpu"), precision, config, CPU)
+
+
 def gradients(model_config, config, microbatches=1):
     """Weights, gradients, summed loss and grad norm of one global batch on this rank's layout."""
-    degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
-    with torch.device("meta"):
-        model = model_config.build()
-    inits = parameter_inits(model)
-    parallelize(model, degrees.mesh("cpu"), Precision.resolve(config, CPU), config)
-    fill_parameters(model, CPU, lambda name, shape: draw(name, shape, inits[name], 0, CPU))
-    model.fill_buffers(CPU)
-
-    tokens, labels = (x.chunk(degrees.dp)[dist.get_rank()] for x in global_batch())
+    degrees, model = build(model_config, config)
+    slots = degrees.slots(dist.get_rank(), SEQUENCES)
+    tokens, labels = (x[slots.start : slots.stop] for x in global_batch())
     valid = (global_batch()[1] != IGNORE_INDEX).sum()
     total = torch.zeros(())
     each = config.training.sync_gradients_each_microbatch
     pairs = list(zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True))
-    for i, (inputs, targets) in enumerate(pairs):
-        sync_gradients(model, i == microbatches - 1, each)
-        loss = model(inputs, targets) / valid
-        loss.backward()
-        total += loss.detach()
-    norm, total = global_grad_norm(model.parameters(), total)
+    with loss_layout(degrees.tp, config.parallelism):
+        for i, (inputs, targets) in enumerate(pairs):
+            sync_gradients(model, i == microbatches - 1, each)
+            loss = model(inputs, targets) / valid
+            loss.backward()
+            total += loss.detach()
+    norm, total = global_grad_norm(model.parameters(), total / degrees.tp)
     named = list(model.named_parameters())
     weights = {name: whole(p) for name, p in named}
     return weights, {name: whole(p.grad) for name, p in named}, total.item(), norm.item()
@@ -66,14 +74,15 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def job(replicate=1, shard=-1, reshard="default", training=None, ac="none", compiled=False, **ac_options):
+def job(replicate=1, reshard="default", training=None, ac="none", compiled=False, tp=None, **ac_options):
     return JobConfig(
         training=Training(**(training or {})),
         parallelism=Parallelism(
             data_parallel_replicate_degree=replicate,
-            data_parallel_shard_degree=shard,
             fsdp_reshard_after_forward=reshard,
+            **(tp or {}),
         ),
+        debug=Debug(seed=0),
         activation_checkpoint=ActivationCheckpoint(mode=ac, **ac_options),
         compile=Compile(enable=compiled, backend="aot_eager"),
     )
@@ -84,14 +93,14 @@ LAYOUTS = {
     "fsdp2": (2, job(), 1),
     "fsdp3": (3, job(), 1),
     "fsdp4": (4, job(), 1),
-    "replicate2": (2, job(2, 1), 1),
-    "hsdp2x2": (4, job(2, 2), 1),
+    "replicate2": (2, job(2), 1),
+    "hsdp2x2": (4, job(2), 1),
     "never reshard": (2, job(reshard="never"), 1),
     "always reshard": (2, job(reshard="always"), 1),
     "accumulate": (2, job(), 3),
     "accumulate, reduce each": (2, job(training=EACH), 3),
-    "hsdp2x2, accumulate": (4, job(2, 2), 3),
-    "hsdp2x2, accumulate, reduce each": (4, job(2, 2, training=EACH), 3),
+    "hsdp2x2, accumulate": (4, job(2), 3),
+    "hsdp2x2, accumulate, reduce each": (4, job(2, training=EACH), 3),
     "offload": (2, job(training={"enable_cpu_offload": True}), 2),
     "one rank, offload": (1, job(training={"enable_cpu_offload": True}), 2),
     "one rank, accumulate": (1, job(), 4),
@@ -138,12 +147,7 @@ def test_bfloat16_is_the_same_policy_at_any_world_size():
 
 def saved_bytes(config):
     """Bytes that one forward keeps for backward, weights and their views aside."""
-    with torch.device("meta"):
-        model = tiny().build()
-    inits = parameter_inits(model)
-    parallelize(model, Degrees(1, 1).mesh("cpu"), Precision.resolve(config, CPU), config)
-    fill_parameters(model, CPU, lambda name, shape: draw(name, shape, inits[name], 0, CPU))
-    model.fill_buffers(CPU)
+    _, model = build(tiny(), config)
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept = {}
 

@@ -1,13 +1,15 @@
 """Activation checkpointing: which of a block's activations are kept for backward.
 
 The block's `forward` is replaced by a checkpointed call of itself, so parameter names stay as they
-are, and a compiled block contains its checkpointing (by-op policies outside an inductor block would
-save no matrix product).
+are. A policy by operation goes inside a compiled block: from outside it would see the compiler's
+kernels and save no matrix product. Whole blocks are checkpointed from outside: inside, torch 2.13
+fails where a recomputed block holds DTensors ("expected ... Tensors, got ... DeviceMesh").
 """
 
 import functools
 import types
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,37 +32,55 @@ _ATTENTION = {
 } | {torch._higher_order_ops.flex_attention}
 
 
-def apply_activation_checkpoint(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
-    """Checkpoint each block, or every n-th, in place, as `activation_checkpoint.mode` says."""
-    options = {
+def checkpoint_by_op(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
+    """With mode selective, option "op": keep what is slow to recompute. Before compilation."""
+    if config.mode == "selective" and config.selective_ac_option == "op":
+        shapes = _recomputed_shapes(blocks, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+        context_fn = functools.partial(_save_by_op, shapes)
+        for block in blocks.values():
+            _checkpoint(block, _options(config) | {"context_fn": context_fn})
+
+
+def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
+    """With mode full every block, with selective every n-th, keeps its inputs. After compilation."""
+    every = 0
+    if config.mode == "full":
+        every = 1
+    elif config.mode == "selective" and config.selective_ac_option != "op":
+        every = int(config.selective_ac_option)
+    for block in list(blocks.values())[::every] if every else ():
+        _checkpoint(block, _options(config))
+
+
+def set_memory_budget(config: ActivationCheckpoint) -> None:
+    """With mode memory_budget: tell the compiler which share of activations it may keep."""
+    if config.mode == "memory_budget":
+        # No public name for it as of torch 2.11 and 2.13; only compiled blocks look at it.
+        functorch = torch._functorch.config
+        functorch.activation_memory_budget = config.memory_budget
+        functorch.visualize_memory_budget_pareto = config.visualize_memory_budget_pareto
+
+
+def _options(config: ActivationCheckpoint) -> dict[str, Any]:
+    return {
         "preserve_rng_state": config.preserve_rng_state,
         "determinism_check": config.determinism_check,
         "early_stop": config.early_stop,
         "debug": config.debug,
     }
-    every = 1
-    if config.mode == "memory_budget":
-        _set_memory_budget(config)
-    if config.mode in ("none", "memory_budget"):
-        return
-    if config.mode == "selective" and config.selective_ac_option == "op":
-        shapes = _recomputed_shapes(blocks, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
-        options["context_fn"] = functools.partial(_save_by_op, shapes)
-    elif config.mode == "selective":
-        every = int(config.selective_ac_option)
-    for block in list(blocks.values())[::every]:
-        _checkpoint(block, options)
 
 
-def _checkpoint(block: nn.Module, options: dict) -> None:
+def _checkpoint(block: nn.Module, options: dict[str, Any]) -> None:
     block.checkpoint_options = options
+    block.unchecked_forward = block.forward
     block.forward = types.MethodType(_checkpointed_forward, block)
 
 
 def _checkpointed_forward(self: nn.Module, *args):
     # One function for all blocks, bound as a method: compiled blocks share their graph.
-    forward = functools.partial(type(self).forward, self)
-    return checkpoint(forward, *args, use_reentrant=False, **self.checkpoint_options)
+    return checkpoint(
+        self.unchecked_forward, *args, use_reentrant=False, **self.checkpoint_options
+    )
 
 
 def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
@@ -87,12 +107,4 @@ def _recomputed_shapes(blocks: nn.Module, patterns: list[str]) -> frozenset[torc
         torch.Size(reversed(module.weight.shape))
         for name, module in blocks.named_modules()
         if isinstance(module, nn.Linear) and any(pattern in name for pattern in patterns)
-    )
-
-
-def _set_memory_budget(config: ActivationCheckpoint) -> None:
-    # No public name for it as of torch 2.11 and 2.13; only compiled blocks look at it.
-    torch._functorch.config.activation_memory_budget = config.memory_budget
-    torch._functorch.config.visualize_memory_budget_pareto = (
-        config.visualize_memory_budget_pareto
     )

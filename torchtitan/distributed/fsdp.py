@@ -5,7 +5,7 @@ wrapped on a single rank too. Every reduction is a SUM: the loss is already divi
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +47,22 @@ class Precision:
 
 
 def apply_fsdp(
-    model: nn.Module, mesh: DeviceMesh, precision: Precision, reshard: str, offload: bool
+    model: nn.Module,
+    units: Sequence[Sequence[str]],
+    mesh: DeviceMesh,
+    precision: Precision,
+    reshard: str,
+    offload: bool,
 ) -> None:
-    """Shard the model's units over dp_shard and replicate them over dp_replicate, in place.
+    """Shard the units (module names) over dp_shard and replicate them over dp_replicate, in place.
 
     `reshard` is parallelism.fsdp_reshard_after_forward; by default all but the last unit, which
     backward needs at once, free their gathered weights after forward.
     """
     if mesh.size() == 1 and precision.compute == precision.store and not offload:
         return
-    if mesh["dp_replicate"].size() == 1:
-        mesh = mesh["dp_shard"]
+    replicated = mesh["dp_replicate"].size() > 1
+    mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
     shared = {
         "mesh": mesh,
         # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
@@ -68,7 +73,6 @@ def apply_fsdp(
             CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
         ),
     }
-    units = model.fsdp_units()
     for unit in units:
         last = unit is units[-1]
         modules = [model.get_submodule(name) for name in unit]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 
 def global_grad_norm(
@@ -47,5 +47,5 @@ def _local(grad: torch.Tensor) -> tuple[torch.Tensor, int]:
     shards = 1
     for placement, size in sizes:
         assert not placement.is_partial(), f"gradient is still partial: {grad.placements}"
-        shards *= size if isinstance(placement, Shard) else 1
+        shards *= 1 if placement.is_replicate() else size
     return grad.to_local(), shards

@@ -9,6 +9,7 @@ from torchtitan.config.schema import Parallelism, Training
 
 _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
+_TENSOR = "parallelism.tensor_parallel_degree"
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Degrees:
 
     dp_replicate: int
     dp_shard: int
+    tp: int
 
     @property
     def dp(self) -> int:
@@ -30,27 +32,38 @@ class Degrees:
         Raises ConfigError where they do not multiply to the world size.
         """
         replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        if world_size % replicate:
-            raise ConfigError([_not_a_divisor(_REPLICATE, replicate, world_size, divisors)])
-        left = world_size // replicate
-        if shard == -1:
-            shard = left
-        if shard != left:
-            reason = f"{replicate} replicas of {shard} shards do not make {world_size} ranks."
+        tp = config.tensor_parallel_degree
+        left = world_size
+        for setting, degree in ((_TENSOR, tp), (_REPLICATE, replicate)):
+            if left % degree:
+                raise ConfigError([_not_a_divisor(setting, degree, left)])
+            left //= degree
+        if shard not in (-1, left):
+            reason = (
+                f"{replicate} replicas of {shard} shards of {tp} tensor-parallel ranks do not make "
+                f"{world_size} ranks."
+            )
             raise ConfigError([Fault(_SHARD, reason, f"Use {left}, or -1.", value=shard)])
-        return cls(replicate, shard)
+        return cls(replicate, left, tp)
+
+    def slots(self, rank: int, num_slots: int) -> range:
+        """Which of the global batch's sequences a rank serves; tensor-parallel ranks share theirs."""
+        share = num_slots // self.dp
+        first = rank // self.tp * share
+        return range(first, first + share)
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """The dense layers' mesh, axes dp_replicate and dp_shard."""
-        shape = (self.dp_replicate, self.dp_shard)
-        return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        """The dense layers' mesh, axes dp_replicate, dp_shard and tp."""
+        axes = ("dp_replicate", "dp_shard", "tp")
+        shape = (self.dp_replicate, self.dp_shard, self.tp)
+        return init_device_mesh(device_type, shape, mesh_dim_names=axes)
 
 
-def _not_a_divisor(setting: str, value: int, world_size: int, divisors: list[int]) -> Fault:
+def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
     remedy = f"Use {' or '.join(map(str, nearest))}."
-    return Fault(setting, f"does not divide the {world_size} ranks.", remedy, value=value)
+    return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
 
 
 def global_batch_size(config: Training, dp: int) -> int:

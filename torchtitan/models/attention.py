@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from torchtitan.models.init import Init, Normal
 from torchtitan.models.rope import apply_rope
+from torchtitan.sharding import Fragment, Style
 
 SDPA_PRIORITY = [
     SDPBackend.CUDNN_ATTENTION,  # the fastest on Hopper
@@ -129,6 +130,14 @@ def _attend_varlen(q, k, v, mask: VarlenMask) -> torch.Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; key and value heads may be fewer than queries."""
+
+    fragment: Fragment = {
+        "": Style.GATHER,
+        "wq": Style.COLWISE,
+        "wk": Style.COLWISE,
+        "wv": Style.COLWISE,
+        "wo": Style.ROWWISE,
+    }
 
     def __init__(
         self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, residual_std: float

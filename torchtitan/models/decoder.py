@@ -17,6 +17,7 @@ from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.loss import linear_cross_entropy
 from torchtitan.models.rope import RoPEScaling, rope_table
+from torchtitan.sharding import ParallelPlan, Rule, Style, under
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,15 @@ class TransformerBlock(nn.Module):
             "ffn_norm.weight": Constant(1.0),
         }
 
+    def parallel_rules(self, prefix: str) -> tuple[Rule, ...]:
+        """The rules of the blocks at `prefix`."""
+        return (
+            Rule(f"{prefix}.attention_norm", Style.SEQUENCE),
+            *under(f"{prefix}.attention", self.attention.fragment),
+            Rule(f"{prefix}.ffn_norm", Style.SEQUENCE),
+            *under(f"{prefix}.feed_forward", self.feed_forward.fragment),
+        )
+
     def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.feed_forward(self.ffn_norm(x))
@@ -188,15 +198,22 @@ class Decoder(nn.Module):
         c = self.config
         self.rope = rope_table(c.head_dim, c.rope_theta, c.rope_scaling, c.seq_len, device)
 
-    def fsdp_units(self) -> list[list[str]]:
-        """Names of the modules to shard together, in forward order; the rest belongs to the root.
+    def parallel_plan(self) -> ParallelPlan:
+        """How this model may be spread; see torchtitan/sharding.py.
 
-        A tied weight is used at both ends, so it stays with the root, which is gathered throughout.
+        A tied weight is used at both ends, so it stays with the FSDP root, which is gathered throughout.
         """
-        blocks = [[f"layers.{name}"] for name in self.layers]
-        if self.config.enable_weight_tying:
-            return blocks
-        return [["tok_embeddings"], *blocks, ["norm", "output"]]
+        block = next(iter(self.layers.values()))
+        rules = (
+            Rule("tok_embeddings", Style.EMBEDDING),
+            *block.parallel_rules("layers.*"),
+            Rule("norm", Style.SEQUENCE),
+            Rule("output", Style.HEAD),
+        )
+        units = tuple((f"layers.{name}",) for name in self.layers)
+        if not self.config.enable_weight_tying:
+            units = (("tok_embeddings",), *units, ("norm", "output"))
+        return ParallelPlan(rules, units)
 
     def documents(self, lengths: list[list[int]], device: torch.device) -> Documents | None:
         """What `forward` must know of a batch's documents; None where the mask ignores them."""

@@ -5,10 +5,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.models.init import Init, Normal
+from torchtitan.sharding import Fragment, Style
 
 
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x), of width `hidden_dim` inside."""
+
+    fragment: Fragment = {
+        "": Style.GATHER,
+        "w1": Style.COLWISE,
+        "w2": Style.ROWWISE,
+        "w3": Style.COLWISE,
+    }
 
     def __init__(self, dim: int, hidden_dim: int, residual_std: float):
         super().__init__()

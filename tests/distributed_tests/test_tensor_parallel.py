@@ -1,0 +1,54 @@
+"""Every layout with tensor parallelism has the weights and gradients of one process."""
+
+import pytest
+import torch
+
+from tests.distributed_tests.test_data_parallel import gradients, job, tiny
+from torchtitan.distributed.launch import run_ranks
+
+TP2 = {"tensor_parallel_degree": 2}
+WHOLE = TP2 | {"enable_sequence_parallel": False}
+LAYOUTS = {
+    "tp2": (2, job(tp=TP2), 1),
+    "tp4": (4, job(tp={"tensor_parallel_degree": 4}), 1),
+    "tp2, no sp": (2, job(tp=WHOLE), 1),
+    "tp2, whole logits": (2, job(tp=TP2 | {"disable_loss_parallel": True}), 1),
+    "tp2, no sp, whole logits": (2, job(tp=WHOLE | {"disable_loss_parallel": True}), 1),
+    "fsdp2 x tp2": (4, job(tp=TP2), 1),
+    "fsdp2 x tp2, no sp": (4, job(tp=WHOLE), 1),
+    "replicate2 x tp2": (4, job(2, tp=TP2), 1),
+    "hsdp2x2 x tp2": (8, job(2, tp=TP2), 1),
+    "fsdp3 x tp2, accumulate": (6, job(tp=TP2), 2),
+    "tp2, accumulate": (2, job(tp=TP2), 3),
+    "tp2, full ac": (2, job(tp=TP2, ac="full"), 1),
+    "tp2, by-op ac": (2, job(tp=TP2, ac="selective", selective_ac_option="op"), 1),
+    "tp2, every second layer ac": (2, job(tp=TP2, ac="selective", selective_ac_option="2"), 1),
+    "tp2, compile": (2, job(tp=TP2, compiled=True), 1),
+    "tp2, no sp, compile": (2, job(tp=WHOLE, compiled=True), 1),
+    "fsdp2 x tp2, compile, full ac": (4, job(tp=TP2, compiled=True, ac="full"), 1),
+    "fsdp2 x tp2, compile, by-op ac": (
+        4,
+        job(tp=TP2, compiled=True, ac="selective", selective_ac_option="op"),
+        1,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def reference(request):
+    config = tiny(n_heads=4, n_kv_heads=4, dim=40, enable_weight_tying=request.param)
+    return config, run_ranks(gradients, 1, config, job())[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_equal_one_process(reference, name):
+    model_config, (weights, grads, loss, norm) = reference
+    world_size, config, microbatches = LAYOUTS[name]
+    ranks = run_ranks(gradients, world_size, model_config, config, microbatches)
+    for their_weights, their_grads, their_loss, their_norm in ranks:
+        assert their_norm == ranks[0][3]  # the same bits on every rank
+        assert their_norm == pytest.approx(norm, rel=1e-6)
+        assert their_loss == pytest.approx(loss, rel=1e-6)
+        for key, grad in grads.items():
+            assert torch.equal(their_weights[key], weights[key]), key
+            assert (their_grads[key] - grad).norm() < 1e-5 * grad.norm(), key

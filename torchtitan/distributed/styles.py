@@ -1,0 +1,114 @@
+"""What a style means: the one place that turns it into placements and hooks.
+
+Sequence parallelism is an argument, not a second plan: with it activations between layers are split
+along the sequence (dim 1 of (B, L, D)), without it every rank has all of them. Between modules
+activations are plain local tensors; inside a gathered module they are DTensors, so that the partial
+gradients of its weights' products are added up once, where the module's input was gathered.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.parallel.style import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement
+
+from torchtitan.config.schema import Parallelism
+from torchtitan.sharding import Style
+
+SEQUENCE_DIM = 1
+
+
+def apply_styles(
+    model: nn.Module, styles: dict[str, Style], mesh: DeviceMesh, sequence_parallel: bool
+) -> None:
+    """Split the modules named in `styles` over a one-dimensional mesh, in place."""
+    between = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    plan = {name: _meaning(style, between) for name, style in styles.items()}
+    parallelize_module(model, mesh, {name: style for name, style in plan.items() if style})
+
+
+def loss_layout(tp: int, config: Parallelism) -> AbstractContextManager[None]:
+    """Put around forward and backward: the loss is computed from logits split over the vocabulary.
+
+    With parallelism.disable_loss_parallel every rank gathers all logits instead.
+    """
+    return loss_parallel() if tp > 1 and not config.disable_loss_parallel else nullcontext()
+
+
+def _meaning(style: Style, between: Placement) -> ParallelStyle | None:
+    match style:
+        case Style.EMBEDDING:
+            return _Embedding(input_layouts=Replicate(), output_layouts=between)
+        case Style.SEQUENCE:
+            # Where every rank has all activations, a whole weight needs nothing.
+            return None if between.is_replicate() else SequenceParallel(use_local_output=True)
+        case Style.GATHER:
+            return _Gather(between)
+        case Style.COLWISE:
+            return ColwiseParallel()
+        case Style.ROWWISE:
+            return RowwiseParallel(output_layouts=between)
+        case Style.HEAD:
+            return _Head(between)
+
+
+class _Embedding(RowwiseParallel):
+    """RowwiseParallel whose output is a copy.
+
+    On torch 2.13 a compiled layer that reads the output of a DTensor's redistribution directly gets a
+    wrong gradient for the embedding, or fails; 2.11 does not. The copy costs one pass over (B, L, D).
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(lambda module, inputs, output: output.clone())
+        return module
+
+
+class _Gather(ParallelStyle):
+    """Makes the first input whole; its gradient goes back to where the input was."""
+
+    def __init__(self, given: Placement):
+        self.given = given
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(_gather_first, self.given, device_mesh))
+        return module
+
+
+class _Head(ParallelStyle):
+    """Splits the output weight by token id; logits stay split where the loss is parallel."""
+
+    def __init__(self, given: Placement):
+        self.given = given
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if module.weight is not None:  # a tied weight is split where it lives
+            weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
+            module.weight = nn.Parameter(weight)
+        module.register_forward_pre_hook(partial(_gather_head_inputs, self.given, device_mesh))
+        # A copy, since FSDP's hooks and in-place changes of a view go badly together.
+        module.register_forward_hook(lambda module, inputs, output: output.full_tensor().clone())
+        return module
+
+
+def _gather_first(given: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:
+    first = DTensor.from_local(inputs[0], mesh, [given], run_check=False)
+    return first.redistribute(placements=[Replicate()]), *inputs[1:]
+
+
+def _gather_head_inputs(given: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple):
+    hidden, labels, *rest = _gather_first(given, mesh, module, inputs)
+    if labels is not None:
+        labels = DTensor.from_local(labels, mesh, [Replicate()], run_check=False)
+    return hidden, labels, *rest
