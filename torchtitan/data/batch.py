@@ -12,19 +12,19 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch: S sequences of L tokens, a row for each slot it serves."""
+    """One rank's share of a global batch: S sequences of L tokens, a row for each slot."""
 
     tokens: torch.Tensor  # (S, L) int64
     labels: torch.Tensor  # (S, L) int64, IGNORE_INDEX where not trained on
     document_lengths: list[list[int]]
-    """For each sequence the lengths of its pieces in order, summing to L; padding is a piece too."""
+    """Of each sequence the lengths of its pieces, summing to L; padding is a piece too."""
     num_valid_tokens: int
     exhausted: bool
-    """No slot of this rank had data left for this batch: every row is padding, and so is all that follows."""
+    """No slot of this rank had data left: every row is padding, and so is all that follows."""
 
 
 def batch_hash(*shares: Batch) -> str:
-    """A fingerprint of a global batch, given the shares of all ranks in order, however many they are."""
+    """A fingerprint of a global batch from its shares in rank order, however many they are."""
     digest = hashlib.sha256()
     for share in shares:
         for tokens, labels, lengths in zip(

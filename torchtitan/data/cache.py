@@ -10,7 +10,7 @@ from torchtitan.logging import logger
 
 
 def cached(original: Path, suffix: str, write: Callable[[Path], None]) -> Path:
-    """A file derived from `original` by `write(target)`: made at first use, again when `original` changes.
+    """A file made from `original` by `write(target)`: at first use, again when `original` changes.
 
     Lies in ~/.cache/torchtitan/data, which may be deleted whenever no run is using it.
     """

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class SourceSpec:
     path: str | None = None
     """A file, a folder, or a glob pattern of files."""
     name: str | None = None
-    """A registered dataset, or a dataset of the Hugging Face Hub; with `path`, only a name for messages."""
+    """A registered dataset or one of the Hugging Face Hub; with `path`, a name for messages."""
     text_key: str = "text"
     """The key, or column, that holds a document's text."""
     weight: float = 1.0
@@ -92,7 +92,10 @@ def _named(dataset: str, dataset_path: str | None, section: str) -> SourceSpec:
         return SourceSpec(path=dataset)
     nearest = difflib.get_close_matches(dataset, REGISTERED, n=1)
     hint = f"Did you mean {nearest[0]}? " if nearest else ""
-    remedy = f"{hint}Registered: {', '.join(REGISTERED)}; or name files, or a table {{name = 'owner/dataset'}} for the Hub."
+    remedy = (
+        f"{hint}Registered: {', '.join(REGISTERED)}; or name files, "
+        "or a table {name = 'owner/dataset'} for the Hub."
+    )
     raise ConfigError(
         [
             Fault(
@@ -134,7 +137,7 @@ def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
 
 
 def _completed(spec: SourceSpec) -> SourceSpec:
-    """A table that names a registered dataset, with what the register says and the table does not."""
+    """A table that names a registered dataset, completed by what the register says of it."""
     if spec.name not in REGISTERED:
         return spec
     given = {

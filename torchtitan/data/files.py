@@ -86,10 +86,10 @@ class TextFile:
 
 
 class TokenFile(_Mapped):
-    """Documents tokenized beforehand, as `write_tokens` writes them: nothing is added to their tokens.
+    """Documents tokenized beforehand, as `write_tokens` writes them: nothing is added to them.
 
-    X.bin holds token ids back to back, little-endian uint16 or uint32; X.index.npy holds where each
-    document starts, counted in tokens, and at last the number of tokens: int64, one more than documents.
+    X.bin holds token ids back to back, little-endian uint16 or uint32; X.index.npy holds where
+    each document starts, counted in tokens, and at last the number of tokens, as int64.
     """
 
     def __init__(self, path: Path):
@@ -101,7 +101,8 @@ class TokenFile(_Mapped):
         widths = {2 * num_tokens: np.dtype("<u2"), 4 * num_tokens: np.dtype("<u4")}
         if num_bytes not in widths:
             raise ValueError(
-                f"{num_bytes} bytes for the {num_tokens} tokens of {index_path(path).name}: not 2 or 4 each"
+                f"{num_bytes} bytes are not 2 or 4 for each of the {num_tokens} tokens "
+                f"of {index_path(path).name}"
             )
         self.dtype = widths[num_bytes]
 
@@ -137,7 +138,7 @@ def text_of(record: object, text_key: str) -> str:
     text = record[text_key]
     if not isinstance(text, str):
         raise ValueError(f"{text_key!r} holds {type(text).__name__}, not text")
-    text.encode()  # UnicodeEncodeError, a ValueError, for half of a surrogate pair: JSON can spell one
+    text.encode()  # ValueError for half of a surrogate pair, which JSON can spell
     return text
 
 

@@ -31,7 +31,7 @@ SUFFIXES = (
     ".txt",
     ".bin",
 )
-"""Formats that are read; `.json` is taken as lines of JSON, which is what published datasets mean by it."""
+"""Formats that are read; `.json` is lines of JSON, which is what datasets mean by it."""
 
 
 class IndexedSource:
@@ -51,8 +51,8 @@ class IndexedSource:
     def read(self, slot: int, epoch: int, index: int) -> Document | None:
         """See Source: document i of an epoch's order belongs to slot i mod num_slots.
 
-        With fewer documents than slots the dealing goes on where the last epoch stopped, so that in turn
-        every slot gets some.
+        With fewer documents than slots the dealing goes on where the last epoch stopped, so that in
+        turn every slot gets some.
         """
         num_slots, size = self.dealing.num_slots, len(self)
         dealt_before = epoch * size if size < num_slots else 0
@@ -67,7 +67,7 @@ class IndexedSource:
 
 
 def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
-    """All documents' files that a path, a folder or a glob pattern stands for, in the order of their names."""
+    """The files that a path, a folder or a glob pattern stands for, in the order of their names."""
     paths = find_files(pattern)
     if not paths:
         known = ", ".join(SUFFIXES)
@@ -124,7 +124,7 @@ def _decompress(opener: Callable, path: Path, target: Path) -> None:
 
 
 def _unpack_parquet(path: Path, text_key: str, target: Path) -> None:
-    """Write the column of texts as lines of JSON: rows of a column store cannot be fetched singly."""
+    """Write the texts as lines of JSON: rows of a column store cannot be fetched singly."""
     with pyarrow.parquet.ParquetFile(path) as table, open(target, "w", encoding="utf-8") as lines:
         columns = table.schema_arrow.names
         if text_key not in columns:

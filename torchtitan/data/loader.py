@@ -49,22 +49,17 @@ def build_loader(config: DataConfig, tokenizer: Tokenizer, slots: range) -> "Loa
 
 def check_workers(config: DataConfig) -> list[Fault]:
     """Worker settings that mean nothing without workers."""
-    given = {
-        "persistent_workers": config.persistent_workers,
-        "prefetch_factor": config.prefetch_factor,
-    }
-    reason, remedy = (
-        "has no effect without workers.",
-        "Set num_workers to 1 or more, or leave it out.",
-    )
-    names = [name for name, value in given.items() if value and config.num_workers == 0]
-    return [
-        Fault(f"{config.section}.dataloader.{name}", reason, remedy, given[name]) for name in names
-    ]
+    if config.num_workers:
+        return []
+    section = f"{config.section}.dataloader"
+    reason = "has no effect without workers."
+    remedy = "Set num_workers to 1 or more, or leave it out."
+    given = {name: getattr(config, name) for name in ("persistent_workers", "prefetch_factor")}
+    return [Fault(f"{section}.{name}", reason, remedy, v) for name, v in given.items() if v]
 
 
 class Loader:
-    """Batches without end; once the data has ended (repeat = false) they are empty and `exhausted`."""
+    """Batches without end; after the data (repeat = false) they are empty and `exhausted`."""
 
     def __init__(self, config: DataConfig, stream: "_SlotStream"):
         self._stream = stream
@@ -78,7 +73,7 @@ class Loader:
             persistent_workers=config.persistent_workers,
             prefetch_factor=config.prefetch_factor,
             worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),  # the default would draw from the global one at every start
+            generator=torch.Generator(),  # the default would draw from the global one
         )
         self._iterator: Iterator[_Rows] | None = None
         self._ahead: list[_Rows] = []  # what the next batch is made of, where it was prefetched
@@ -88,10 +83,8 @@ class Loader:
         return self
 
     def prefetch(self) -> None:
-        """Prepare the next batch now, while the device has other work; it counts once it is handed out."""
-        if (
-            self._iterator is None
-        ):  # not before: workers start from the state that has been loaded by now
+        """Prepare the next batch while the device has other work; it counts once handed out."""
+        if self._iterator is None:  # not before: workers start from the state loaded by now
             self._iterator = iter(self._loader)
         if not self._ahead:
             self._ahead = [next(self._iterator) for _ in range(max(1, self._num_workers))]
@@ -103,7 +96,7 @@ class Loader:
         return self._joined(parts)
 
     def restart(self) -> None:
-        """Go back to where the loader began: the start of the data, or the state that was loaded."""
+        """Go back to where the loader began: the start of the data, or the state loaded."""
         self._iterator, self._ahead = None, []
         self._states = self._stream.states
 
@@ -112,7 +105,7 @@ class Loader:
         return {str(slot): self._states[slot] for slot in self._stream.slots}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
-        """Go on where a run with the same number of slots stopped; `states` are those of all slots."""
+        """Go on where a run with as many slots stopped; `states` are those of all slots."""
         assert self._iterator is None, "load the state before the first batch: workers read ahead"
         self._stream.load(states)
         self._states = self._stream.states
@@ -156,7 +149,7 @@ class _Rows:
 
 
 class _SlotStream(IterableDataset):
-    """The rows of some slots, batch after batch; worker w of W makes those of slots w, w + W, ..."""
+    """The rows of some slots, batch after batch; worker w of W makes rows w, w + W, ..."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, slots: range):
         specs = parse_dataset(config.dataset, config.dataset_path, config.section)
@@ -231,10 +224,10 @@ def _as_they_are(rows: _Rows) -> _Rows:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Leave it to the trainer what a signal to the whole job means; workers end when it closes them, or dies.
+    """Leave it to the trainer what a signal means; workers end when it closes them, or dies.
 
-    A process group of their own keeps them from torchrun's and the terminal's signals. SIGTERM itself they
-    obey, because that is how multiprocessing ends them at exit.
+    A process group of their own keeps them from torchrun's and the terminal's signals. SIGTERM
+    itself they obey, because that is how multiprocessing ends them at exit.
     """
     os.setpgrp()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

@@ -33,8 +33,8 @@ class PackedStream:
     def fill(self, tokens: np.ndarray, labels: np.ndarray) -> list[int]:
         """Write the next tokens and their labels; returns the lengths of the pieces written.
 
-        They sum to less than asked for only where the stream runs dry. A token's label is the token after
-        it in the same document; the last of a document has none.
+        They sum to less than asked for only where the stream runs dry. A token's label is the token
+        after it in the same document; the last of a document has none.
         """
         lengths: list[int] = []
         at = 0
@@ -68,12 +68,12 @@ class PackedStream:
         self._tokens = None
 
     def _load(self) -> bool:
-        """Have tokens of the current document at hand, going on to the next while there are none."""
+        """Have the current document's tokens at hand, going on to the next while it has none."""
         fruitless = 0
         while self._tokens is None and not self.dry:
             if fruitless == _FRUITLESS:
                 raise DataError(
-                    f"{self._source.name}: no usable text for slot {self._slot} in {fruitless} tries"
+                    f"{self._source.name}: no text for slot {self._slot} in {fruitless} tries"
                 )
             fruitless += 1
             try:
@@ -87,8 +87,8 @@ class PackedStream:
             tokens = self._tokenize(document)
             if self.offset and self.offset >= len(tokens):
                 raise DataError(
-                    f"{self._source.name}: resuming at token {self.offset} of a document that has {len(tokens)}: "
-                    "the data or the tokenizer is not the one the checkpoint was made with"
+                    f"{self._source.name}: resuming at token {self.offset} of a document that has "
+                    f"{len(tokens)}: data or tokenizer is not the one the checkpoint was made with"
                 )
             if len(tokens):
                 self._tokens = tokens
@@ -102,7 +102,7 @@ class PackedStream:
         if len(document) and document.max() >= self._tokenizer.vocab_size:
             raise DataError(
                 f"{self._source.name}: token {document.max()} in a pre-tokenized document, "
-                f"but the tokenizer has only {self._tokenizer.vocab_size}: it is not the one they were made with"
+                f"but the tokenizer has only {self._tokenizer.vocab_size}: it is another one"
             )
         return document.astype(np.int32)
 

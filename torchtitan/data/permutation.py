@@ -21,8 +21,8 @@ def mix(*values: int) -> int:
 def permute(index: int, size: int, key: int) -> int:
     """Where a permutation of range(size), chosen by `key`, sends `index`.
 
-    Computed place by place, so that a billion documents cost no table: a Feistel network permutes the
-    next power of four, and indices that land outside go through it again until they are inside
+    Computed place by place, so that a billion documents cost no table: a Feistel network permutes
+    the next power of four, and indices that land outside go through it again until they are inside
     (cycle walking; Black and Rogaway, 2002).
     """
     assert 0 <= index < size, f"index {index} of {size}"

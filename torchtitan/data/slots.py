@@ -11,14 +11,14 @@ from torchtitan.data.packing import PackedStream
 
 
 class Slot:
-    """A row of every global batch. It mixes sources by whole sequences, so that weights are token ratios."""
+    """One row of the global batch. Mixes sources by whole sequences: weights are token ratios."""
 
     def __init__(
         self, number: int, num_slots: int, streams: Sequence[PackedStream], weights: Sequence[float]
     ):
         self.number, self.streams, self.weights = number, streams, weights
         self.turn = 0  # sequences so far
-        # Slots are at different points of the schedule of sources, so that each batch has the mix as well.
+        # Slots differ in their place in the schedule, so that each batch has the mix as well.
         self._phases = [(number + 0.5) / num_slots]
         self._phases += [number * math.sqrt(k * k + 1) % 1 for k in range(1, len(streams))]
 
@@ -27,7 +27,7 @@ class Slot:
         return all(stream.dry for stream in self.streams)
 
     def fill(self, tokens: np.ndarray, labels: np.ndarray) -> tuple[list[int], bool]:
-        """Write the next sequence, padded where data ends: the lengths of its pieces, whether it has data."""
+        """Write the next sequence, padded where data ends: its pieces' lengths, if it has data."""
         lengths: list[int] = []
         while not lengths and not self.dry:
             live = [k for k, stream in enumerate(self.streams) if not stream.dry]
@@ -51,11 +51,11 @@ class Slot:
 
 
 def _source_of_turn(turn: int, weights: Sequence[float], phases: Sequence[float]) -> int:
-    """Which source serves a turn: a schedule in which every source stays within a turn of its share.
+    """Which source serves a turn: every source stays within two turns of its share.
 
-    The first source takes the turns at which floor(turn * share + phase) steps up, as Bresenham's line
-    does; of the turns it leaves, the second takes its share in the same way, and so on. Summed over slots
-    whose phases are evenly spread, the first source's counts are exact (Hermite's identity).
+    The first source takes the turns at which floor(turn * share + phase) steps up, as Bresenham's
+    line does; of the turns it leaves, the second takes its share in the same way, and so on. Summed
+    over slots with evenly spread phases the first source's counts are exact (Hermite's identity).
     """
     rest = sum(weights)
     for k, (weight, phase) in enumerate(zip(weights[:-1], phases)):

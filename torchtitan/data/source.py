@@ -22,7 +22,7 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True)
 class Dealing:
-    """Who reads what: everything that the order of documents depends on besides the source itself."""
+    """Who reads what: all that the order of documents depends on besides the source itself."""
 
     num_slots: int
     seed: int
@@ -35,7 +35,7 @@ class Source(Protocol):
     name: str
 
     def read(self, slot: int, epoch: int, index: int) -> Document | None:
-        """The slot's document number `index` of this epoch; None when the epoch holds no more for it.
+        """The slot's document number `index` of this epoch; None when the epoch has no more for it.
 
         Raises BadDocument for one that cannot be used.
         """

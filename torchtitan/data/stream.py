@@ -1,4 +1,4 @@
-"""How are datasets read that only come as streams of shards, such as those of the Hugging Face Hub?"""
+"""How are datasets read that come as streams of shards, such as the Hugging Face Hub's?"""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,12 +28,11 @@ class StreamedSource:
 
     def __init__(self, name: str, shards: Sequence[Shard], key: int, dealing: Dealing):
         self.name, self.shards, self.key, self.dealing = name, shards, key, dealing
-        self._open: dict[
-            int, tuple[int, int, Iterator]
-        ] = {}  # slot: (epoch, next index, the stream)
+        # By slot: epoch, next index, and the stream that yields it.
+        self._open: dict[int, tuple[int, int, Iterator]] = {}
         if len(shards) < dealing.num_slots:
             logger.warning(
-                f"{name}: {len(shards)} shards for {dealing.num_slots} slots, so every slot streams all of it; "
+                f"{name}: {len(shards)} shards for {dealing.num_slots} slots: each streams all; "
                 "local files are read without this cost (training.dataset_path)"
             )
 
@@ -51,7 +50,7 @@ class StreamedSource:
         dealing = self.dealing
         in_turn = len(self.shards) < dealing.num_slots
         shards = list(self.shards if in_turn else self.shards[slot :: dealing.num_slots])
-        # Slots that share the stream must agree on its order to split it.
+        # Slots that share the stream must agree on its order.
         draw = random.Random(mix(dealing.seed, self.key, epoch, 0 if in_turn else 1 + slot))
         if dealing.shuffle:
             draw.shuffle(shards)
@@ -71,11 +70,14 @@ class StreamedSource:
 
 
 def open_hub(name: str, subset: str | None, split: str, text_key: str, setting: str) -> list[Shard]:
-    """The shards of a dataset of the Hugging Face Hub (or of a folder that its library understands)."""
+    """The shards of a dataset of the Hugging Face Hub (or of a folder its library understands)."""
     try:
         import datasets
     except ImportError as error:
-        remedy = "pip install 'torchtitan[datasets]', or use local files or the offline c4_test and c4_test_validation."
+        remedy = (
+            "pip install 'torchtitan[datasets]', "
+            "or use local files or the offline c4_test and c4_test_validation."
+        )
         raise ConfigError(
             [Fault(setting, "streaming from the Hub needs the package datasets.", remedy, name)]
         ) from error

@@ -40,7 +40,7 @@ class Tokenizer:
 
 
 def build_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder with tokenizer.json and, where there is one, tokenizer_config.json."""
+    """The tokenizer of a folder with tokenizer.json and, for BOS and EOS, tokenizer_config.json."""
     path = Path(path)
     if path.name.endswith("tokenizer.model"):
         raise _refused(
@@ -84,7 +84,7 @@ def check_tokenizer(tokenizer: Tokenizer, model_vocab_size: int) -> list[Fault]:
         return []
     path = str(tokenizer.path)
     size = tokenizer.vocab_size
-    remedy = f"Use the tokenizer the model was made for, or set model.overrides.vocab_size = {size} or more."
+    remedy = f"Use the model's own tokenizer, or set model.overrides.vocab_size = {size} or more."
     faults = [
         Fault(
             SETTING,

@@ -94,7 +94,7 @@ def test_fewer_documents_than_slots(tmp_path):
 def test_documents_without_tokens_do_not_loop_forever(tmp_path):
     write_numbered(tmp_path / "a.bin", [0, 9])
     config = DataConfig(str(tmp_path / "a.bin"), num_slots=2, seq_len=8, seed=0, shuffle=False)
-    with pytest.raises(DataError, match="no usable text for slot 0"):
+    with pytest.raises(DataError, match="no text for slot 0"):
         next(loaders(config)[0])
 
 
