@@ -64,12 +64,13 @@ def test_pieces_are_the_documents_parts(tmp_path):
                     assert (piece.diff() == 1).all() and (following[:-1] == piece[1:]).all()
 
 
-def test_slots_run_dry_one_by_one(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_slots_run_dry_one_by_one(tmp_path, num_workers):
     write_numbered(tmp_path / "a.bin", [10, 25, 1])
     config = DataConfig(
         str(tmp_path / "a.bin"), num_slots=4, seq_len=10, seed=0, repeat=False, shuffle=False
     )
-    ranks = loaders(config, num_ranks=2)
+    ranks = loaders(config, num_ranks=2, num_workers=num_workers)
     steps = [[next(loader) for loader in ranks] for _ in range(4)]
     lengths = [[rank.document_lengths for rank in step] for step in steps]
     assert lengths[0] == [[[10], [10]], [[1, 9], [10]]]  # slot 3 has no document at all
