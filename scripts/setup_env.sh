@@ -11,10 +11,13 @@ _fail() {
     exit 1
 }
 
-# The modules that pyproject.toml's dependencies bring (of the group `dev` also, where $1 says so).
+# The modules that pyproject.toml's dependencies bring, with those of its group $1 where one is given.
 _modules() {
-    sed -n -e '/^dependencies = \[/,/^\]/p' ${1:+-e "/^$1 = \[/,/\]/p"} "$_repo/pyproject.toml" |
-        grep -o '"[A-Za-z0-9_-]*' | tr -d '"' | tr - _
+    awk -v group="${1:-none}" '
+        $0 ~ "^(dependencies|" group ") = \\[" { listed = 1 }
+        listed { print }
+        /\]$/ { listed = 0 }' "$_repo/pyproject.toml" |
+        grep -o '"[A-Za-z][A-Za-z0-9_-]*' | tr -d '"' | tr - _
 }
 
 # Whether the Python $1 finds all modules $2...; reads no module, so it costs a blink.

@@ -1,0 +1,151 @@
+"""What a user of run_train.sh meets: help, mistakes, exit statuses, signals, ranks that stop."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration_tests.run_tests import CONFIG_FILE, LAUNCHER_VARIABLES, REPO
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+ENVIRONMENT |= {"VIRTUAL_ENV": sys.prefix, "CONFIG_FILE": str(CONFIG_FILE)}
+TRAIN_TIMEOUT_SECONDS = 5
+
+
+def _start(*args: str, cwd: Path = REPO, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [REPO / "run_train.sh", *args],
+        env=ENVIRONMENT | environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _run(*args: str, cwd: Path = REPO, **environment: str) -> tuple[int, str]:
+    process = _start(*args, cwd=cwd, **environment)
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+def test_help_starts_nothing():
+    status, output = _run("--help", NGPU="2")
+    assert status == 0
+    assert "NGPU" in output
+    assert "--training.seq_len" in output
+
+
+@pytest.mark.parametrize("ngpu", ["1", "2"])
+def test_a_wrong_config_is_one_clear_message(ngpu):
+    status, output = _run("--training.stepz=3", "--training.seq_len=-1", NGPU=ngpu)
+    assert status == 2
+    assert "Did you mean training.steps?" in output
+    assert "Traceback" not in output
+
+
+def test_the_callers_config_file_is_found_from_anywhere(tmp_path):
+    (tmp_path / "mine.toml").write_text(CONFIG_FILE.read_text() + "\n[job]\nmisspelt = 1\n")
+    status, output = _run(cwd=tmp_path, CONFIG_FILE="mine.toml", NGPU="1")
+    assert (status, "job.misspelt" in output) == (2, True), output
+
+
+def test_several_nodes_need_a_place_to_meet():
+    status, output = _run(NNODES="2", NGPU="1")
+    assert (status, "RDZV_ENDPOINT" in output) == (2, True), output
+
+
+@pytest.mark.parametrize("ngpu", ["1", "2"])
+def test_the_status_of_a_rank_is_the_status_of_the_run(tmp_path, ngpu):
+    (tmp_path / "ends_with_75.py").write_text(
+        "import os, sys, time\n"
+        "if int(os.environ['RANK']) == int(os.environ['WORLD_SIZE']) - 1:\n"
+        "    sys.exit('last words' if os.environ.get('WORDS') else 75)\n"
+        "time.sleep(60)\n"
+    )
+    module = {"PYTHONPATH": str(tmp_path), "TRAIN_FILE": "ends_with_75", "NGPU": ngpu}
+    assert _run(**module)[0] == 75
+    status, output = _run(**module, WORDS="1")  # of a rank whose output is not shown
+    assert (status, "last words" in output) == (1, True), output
+
+
+@pytest.mark.parametrize(
+    "ngpu, ranks_stopped, status, words",
+    [
+        (1, None, 128 + signal.SIGTERM, None),
+        (2, None, 128 + signal.SIGTERM, "told to end (SIGTERM) at step"),
+        (2, (1, signal.SIGKILL), 1, "rank 1 has been silent for"),
+        (2, (1, signal.SIGSTOP), 1, "rank 1 has been silent for"),
+        (2, (0, signal.SIGKILL), 1, "rank 0 has been silent for"),
+    ],
+)
+def test_a_run_that_is_stopped_ends_whole_and_in_time(
+    request, tmp_path, ngpu, ranks_stopped, status, words
+):
+    """The trainer itself: the rank is named with step and phase within the timeout plus 10 s."""
+    endless = ["--training.steps=100000", f"--job.dump_folder={tmp_path}"]
+    timeout = f"--comm.train_timeout_seconds={TRAIN_TIMEOUT_SECONDS}"
+    batch = "--training.local_batch_size=6"
+    run = _start(*endless, timeout, batch, "--metrics.log_freq=1", NGPU=str(ngpu))
+    request.addfinalizer(lambda: _kill(run, tmp_path))
+    _wait_for_step(tmp_path / "metrics.jsonl", 3, run)
+    ranks = _ranks(tmp_path)
+    stopped_at = time.time()
+    if ranks_stopped is None:
+        run.send_signal(signal.SIGTERM)
+    else:
+        rank, number = ranks_stopped
+        os.kill(ranks[rank], number)
+    output = run.communicate(timeout=TRAIN_TIMEOUT_SECONDS + 40)[0]
+    assert (1 if run.returncode == 1 else abs(run.returncode) % 128 + 128) == status, output
+    assert time.time() - stopped_at < TRAIN_TIMEOUT_SECONDS + 20
+    assert not _ranks(tmp_path)
+    if words:
+        assert words in output
+    if ranks_stopped:
+        report = tmp_path / "failure.txt"
+        assert report.stat().st_mtime - stopped_at < TRAIN_TIMEOUT_SECONDS + 10
+        [step] = re.findall(
+            r"last seen at step (\d+), phase \w+", report.read_text().splitlines()[0]
+        )
+        assert int(step) >= 3
+
+
+def _kill(run: subprocess.Popen, dump_folder: Path) -> None:
+    """Leave nothing of a run that a failed test did not see end."""
+    for process in (run.pid, *_ranks(dump_folder).values()):
+        if run.poll() is None or process != run.pid:
+            os.kill(process, signal.SIGKILL)
+
+
+def _wait_for_step(metrics: Path, step: int, run: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert run.poll() is None, run.communicate()[0]
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if any(json.loads(line)["step"] >= step for line in lines):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no step {step} within 90 s")
+
+
+def _ranks(dump_folder: Path) -> dict[int, int]:
+    """Process ids by rank of the training processes that write to this folder."""
+    ranks = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text()
+            if str(dump_folder) not in command or "torchtitan.train\0" not in command:
+                continue
+            environment = (process / "environ").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        ranks |= {int(v[5:]): int(process.name) for v in environment if v.startswith("RANK=")}
+    return ranks
