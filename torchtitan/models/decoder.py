@@ -3,6 +3,7 @@
 B batch, L sequence, D model, V vocabulary, C head_dim.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,7 +51,12 @@ class DecoderConfig:
 
     def update_from_config(self, config: JobConfig) -> "DecoderConfig":
         """A copy that knows the run's facts. Raises ConfigError with every fault; changes nothing."""
-        if faults := [*self._shape_faults(), *self._length_faults(config)]:
+        faults = [
+            *self._shape_faults(),
+            *self._tensor_parallel_faults(config),
+            *self._length_faults(config),
+        ]
+        if faults:
             raise ConfigError(faults)
         return replace(self, seq_len=max(_sequence_lengths(config).values()))
 
@@ -83,17 +89,60 @@ class DecoderConfig:
             )
         return faults
 
-    def _length_faults(self, config: JobConfig) -> list[Fault]:
+    def _tensor_parallel_faults(self, config: JobConfig) -> list[Fault]:
+        tp = config.parallelism.tensor_parallel_degree
+        sizes = {"heads": self.n_heads, "key/value heads": self.n_kv_heads, "FFN width": self.ffn_dim}
+        uneven = [f"{size} ({name})" for name, size in sizes.items() if size % tp]
+        if not uneven:
+            return []
+        common = math.gcd(*sizes.values())
+        legal = [degree for degree in range(1, common + 1) if common % degree == 0]
+        nearest = sorted(sorted(legal, key=lambda degree: abs(degree - tp))[:2])
         return [
             Fault(
-                key,
-                f"is beyond the model's limit of {self.max_seq_len} positions.",
-                f"Use at most {self.max_seq_len}, or raise model.overrides.max_seq_len.",
-                value=length,
+                "parallelism.tensor_parallel_degree",
+                f"does not divide {' and '.join(uneven)} of the model.",
+                f"Use {' or '.join(map(str, nearest))}.",
+                value=tp,
             )
-            for key, length in _sequence_lengths(config).items()
-            if length > self.max_seq_len
         ]
+
+    def _length_faults(self, config: JobConfig) -> list[Fault]:
+        parallelism = config.parallelism
+        tp = parallelism.tensor_parallel_degree if parallelism.enable_sequence_parallel else 1
+        faults = []
+        for key, length in _sequence_lengths(config).items():
+            if length > self.max_seq_len:
+                reason = f"is beyond the model's limit of {self.max_seq_len} positions."
+                remedy = f"Use at most {self.max_seq_len}, or raise model.overrides.max_seq_len."
+                faults.append(Fault(key, reason, remedy, length))
+            if length % tp:
+                below = length // tp * tp
+                reason = (
+                    f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits "
+                    f"every sequence evenly over {tp} ranks."
+                )
+                remedy = (
+                    f"Use {f'{below} or ' if below else ''}{below + tp}, or set "
+                    "parallelism.enable_sequence_parallel = false."
+                )
+                faults.append(Fault(key, reason, remedy, length))
+        return faults
+
+    def shrunk(self, tp: int) -> "DecoderConfig":
+        """A small model of the same kind for trying a layout with `tp` tensor-parallel ranks."""
+        kv_heads = tp
+        heads = kv_heads * min(self.n_heads // self.n_kv_heads, 4)
+        dim = 8 * heads
+        return replace(
+            self,
+            n_layers=min(self.n_layers, 3),
+            dim=dim,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
+            ffn_dim=2 * dim,
+            vocab_size=min(self.vocab_size, 256),
+        )
 
     def flops_per_token(self, seq_len: int) -> tuple[float, float]:
         """Forward and backward FLOPs a token, attention counted (in full, by its causal half).
