@@ -30,10 +30,9 @@ class NotBuilt:
 
 NOT_BUILT = (
     NotBuilt(
-        "tensor parallelism",
+        "asynchronous tensor parallelism",
         PLANNED,
-        ("parallelism.tensor_parallel_degree", "parallelism.enable_async_tensor_parallel"),
-        ("parallelism.enable_sequence_parallel", "parallelism.disable_loss_parallel"),
+        ("parallelism.enable_async_tensor_parallel",),
     ),
     NotBuilt(
         "pipeline parallelism",

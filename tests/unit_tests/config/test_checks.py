@@ -32,10 +32,8 @@ def test_our_files_work(file):
     assert refused(f"--job.config_file {file}") == set()
 
 
-TENSOR = "parallelism.tensor_parallel_degree"
 UPSTREAM_REFUSED = {
-    "llama3_70b": {TENSOR},
-    "llama3_405b": {TENSOR, "parallelism.enable_async_tensor_parallel", "model.converters"},
+    "llama3_405b": {"parallelism.enable_async_tensor_parallel", "model.converters"},
 }
 
 

@@ -1,0 +1,101 @@
+"""The oracle passes layouts that are right, and names the parameter of one that is wrong."""
+
+import json
+
+import pytest
+import torch
+
+from torchtitan.config.faults import ConfigError
+from torchtitan.config.manager import load_config
+from torchtitan.verify import main, verify
+
+TP2 = "--parallelism.tensor_parallel_degree=2"
+HSDP = "--parallelism.data_parallel_replicate_degree=2"
+SHARD1 = "--parallelism.data_parallel_shard_degree=1"
+NO_SP = "--parallelism.no_enable_sequence_parallel"
+COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [TP2],
+        [HSDP, "--training.global_batch_size=64"],
+        [TP2, SHARD1, NO_SP, "--model.flavor=debugmodel_flex_attn", "--training.seq_len=7"],
+        [TP2, SHARD1, "--model.overrides.enable_weight_tying=true", "--compile.enable"],
+        [SHARD1, "--activation_checkpoint.mode=full"],
+    ],
+)
+def test_right_layouts_pass(argv):
+    result = verify(load_config([*COMMON, *argv]))
+    assert result.passed, result
+
+
+def test_large_layouts_are_cut_down_and_said():
+    argv = ["--model.flavor=8B", HSDP, "--parallelism.data_parallel_shard_degree=16", TP2[:-1] + "8"]
+    result = verify(load_config(argv))
+    assert result.world_size == 8 and result.passed
+    assert "parallelism.data_parallel_shard_degree: 16 -> 2" in result.settled
+    assert "parallelism.tensor_parallel_degree: 8 -> 2" in result.settled
+
+
+def double_a_gradient(model):
+    layer = model.layers["1"].attention.wk
+    hooked = set()
+
+    def hook(module, inputs):
+        if id(module.weight) not in hooked and module.weight.requires_grad:
+            hooked.add(id(module.weight))
+            module.weight.register_hook(lambda gradient: 2 * gradient)
+
+    layer.register_forward_pre_hook(hook)
+
+
+def skip_a_reduction(model):
+    """The replicas of one layer never add up their gradients."""
+    group = model.layers["0"]._get_fsdp_state()._fsdp_param_group
+
+    class Deaf(type(group)):
+        all_reduce_grads = property(lambda self: False, lambda self, value: None)
+
+    group.__class__ = Deaf
+
+
+def shift_a_shard(model):
+    with torch.no_grad():
+        local = model.layers["1"].feed_forward.w2.weight.to_local()
+        local.copy_(local.roll(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "argv", "name"),
+    [
+        (double_a_gradient, [TP2], "layers.1.attention.wk.weight"),
+        (double_a_gradient, [SHARD1, HSDP], "layers.1.attention.wk.weight"),
+        (skip_a_reduction, [SHARD1, HSDP], "layers.0.feed_forward.w1.weight"),
+        (shift_a_shard, [TP2], "layers.1.feed_forward.w2.weight"),
+    ],
+)
+def test_broken_layouts_are_caught_by_name(sabotage, argv, name):
+    result = verify(load_config([*COMMON, *argv]), sabotage=sabotage)
+    assert not result.passed
+    assert name in [row.name for row in result.rows if not row.passed]
+    if sabotage is double_a_gradient:
+        first = next(row for row in result.rows if row.name == name)
+        assert first.norm_ratio == pytest.approx(2.0, rel=1e-3)
+
+
+def test_odd_lengths_are_refused_with_sequence_parallelism_only():
+    argv = [*COMMON, TP2, "--training.seq_len=7"]
+    with pytest.raises(ConfigError, match=r"seq_len = 7.*degree = 2.*Use 6 or 8, or set"):
+        verify(load_config(argv))
+
+
+def test_exit_status_and_json(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert main([*COMMON, SHARD1, HSDP, "--verify.json", str(file)]) == 0
+    assert "EQUAL to one process" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert content["passed"] and content["world_size"] == 2
+    assert {"name", "error", "norm_ratio", "replicas_equal"} == set(content["rows"][0])
+    assert main([*COMMON, "--model.flavor=nonsense"]) == 2

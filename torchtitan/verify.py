@@ -1,0 +1,261 @@
+"""Does a layout compute what one process computes? The oracle, for any training config.
+
+`python -m torchtitan.verify --job.config_file X [overrides]` trains the config's model for two steps
+twice, on the layout's ranks and on one, in fp32 on this machine's CPU, and compares every gradient.
+`--verify.full` keeps the model's size, `--verify.json FILE` writes the report for machines.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from torchtitan.build import build_model
+from torchtitan.config.faults import EXIT_CONFIG, ConfigError
+from torchtitan.config.manager import load_config
+from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.fsdp import Precision, sync_gradients
+from torchtitan.distributed.grad_norm import global_grad_norm
+from torchtitan.distributed.launch import run_ranks
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.distributed.styles import loss_layout
+from torchtitan.logging import init_logger
+from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
+from torchtitan.preflight import report
+from torchtitan.verify_case import Case, alone, settle, synthetic_batch
+
+TOLERANCE = 1e-5
+"""Of a gradient's relative L2 error and of its norm's ratio; loss and gradient norm likewise."""
+NUM_STEPS = 2
+CPU = torch.device("cpu")
+
+Sabotage = Callable[[nn.Module], None]
+"""Breaks a layout's model on purpose, for the tests of this oracle."""
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank saw."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    """Whole gradients of each step, from rank 0 only."""
+    shards: dict[str, tuple[tuple[int, ...], bytes]]
+    """Which part of each weight the rank holds after the steps, and its bytes."""
+    peak_mib: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its worst step."""
+
+    name: str
+    error: float
+    """Relative L2 error of the gradient, over the larger of its norm and 1e-8 of the global norm."""
+    norm_ratio: float
+    replicas_equal: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.error < TOLERANCE and abs(self.norm_ratio - 1) < TOLERANCE and self.replicas_equal
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome, as printed and as JSON."""
+
+    settled: list[str]
+    world_size: int
+    loss_deviation: float
+    norm_deviation: float
+    norms_equal: bool
+    """Every rank has the same bits of the gradient norm."""
+    rows: list[Row]
+    seconds: float
+    peak_mib: float
+    """Of all ranks together."""
+
+    @property
+    def passed(self) -> bool:
+        close = max(self.loss_deviation, self.norm_deviation) < TOLERANCE
+        return close and self.norms_equal and all(row.passed for row in self.rows)
+
+
+def verify(config: JobConfig, full: bool = False, sabotage: Sabotage | None = None) -> Report:
+    """Compare a config's layout with one process. Raises ConfigError where it cannot work at all."""
+    start = time.perf_counter()
+    case = settle(config, full)
+    reference = run_ranks(run_steps, 1, alone(case), None, timeout=600)[0]
+    ranks = run_ranks(run_steps, case.world_size, case, sabotage, timeout=600)
+    return Report(
+        settled=list(case.settled),
+        world_size=case.world_size,
+        loss_deviation=_deviation(ranks[0].losses, reference.losses),
+        norm_deviation=_deviation(ranks[0].norms, reference.norms),
+        norms_equal=all(rank.norms == ranks[0].norms for rank in ranks),
+        rows=_rows(ranks, reference),
+        seconds=time.perf_counter() - start,
+        peak_mib=sum(rank.peak_mib for rank in ranks),
+    )
+
+
+def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
+    """Train this rank's part for a few steps; called inside a process group."""
+    # Gathering a weight that is split twice warns on every rank that it takes two collectives.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    config = case.config
+    degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
+    precision = Precision(torch.float32, torch.float32, torch.float32)
+    model = build_model(case.model_config, degrees.mesh("cpu"), precision, config, CPU)
+    if sabotage is not None:
+        sabotage(model)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    set_learning_rate(optimizer, config.optimizer.lr)
+    losses, norms, gradients = [], [], []
+    with loss_layout(degrees.tp, config.parallelism):
+        for step in range(NUM_STEPS):
+            loss = _forward_backward(model, case, degrees, step)
+            norm, loss = global_grad_norm(model.parameters(), loss / degrees.tp)
+            losses.append(loss.item())
+            norms.append(norm.item())
+            gradients.append({name: _whole_gradient(p) for name, p in model.named_parameters()})
+            optimizer.step()
+            optimizer.zero_grad()
+    return RankResult(
+        losses,
+        norms,
+        gradients if dist.get_rank() == 0 else [],
+        {name: _shard(p) for name, p in model.named_parameters()},
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    )
+
+
+def _forward_backward(model: nn.Module, case: Case, degrees: Degrees, step: int) -> torch.Tensor:
+    tokens, labels, lengths = synthetic_batch(case, step)
+    num_valid = (labels >= 0).sum()
+    training = case.config.training
+    slots = degrees.slots(dist.get_rank(), len(tokens))
+    starts = slots[:: training.local_batch_size]
+    loss = torch.zeros(())
+    for start in starts:
+        rows = slice(start, start + training.local_batch_size)
+        is_last = start == starts[-1]
+        sync_gradients(model, is_last, training.sync_gradients_each_microbatch)
+        documents = model.documents(lengths[rows], CPU)
+        share = model(tokens[rows], labels[rows], documents) / num_valid
+        share.backward()
+        loss += share.detach()
+    return loss
+
+
+def _whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Gathered over all ranks; a gradient that never came about is one of zeros."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+
+
+def _shard(parameter: nn.Parameter) -> tuple[tuple[int, ...], bytes]:
+    if not isinstance(parameter, DTensor):
+        return (), parameter.detach().numpy().tobytes()
+    coordinates = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
+    place = tuple(-1 if isinstance(kind, Replicate) else index for index, kind in coordinates)
+    return place, parameter.to_local().detach().contiguous().numpy().tobytes()
+
+
+def _rows(ranks: Sequence[RankResult], reference: RankResult) -> list[Row]:
+    rows = []
+    for name in reference.gradients[0]:
+        worst_error, worst_ratio = 0.0, 1.0
+        steps = zip(ranks[0].gradients, reference.gradients, reference.norms, strict=True)
+        for ours, theirs, global_norm in steps:
+            expected = theirs[name].norm().item()
+            scale = max(expected, 1e-8 * global_norm)
+            error = (ours[name] - theirs[name]).norm().item() / scale
+            ratio = ours[name].norm().item() / expected if expected else 1.0
+            worst_error = max(worst_error, error)
+            worst_ratio = max(worst_ratio, ratio, key=lambda value: abs(value - 1))
+        rows.append(Row(name, worst_error, worst_ratio, _replicas_equal(name, ranks)))
+    return rows
+
+
+def _replicas_equal(name: str, ranks: Sequence[RankResult]) -> bool:
+    by_place: dict[tuple[int, ...], bytes] = {}
+    pairs = (rank.shards[name] for rank in ranks)
+    return all(by_place.setdefault(place, content) == content for place, content in pairs)
+
+
+def _deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+
+
+def summary(result: Report) -> str:
+    """The report as a person reads it."""
+    lines = ["Settled by itself:"] if result.settled else []
+    lines += [f"  {note}" for note in result.settled]
+    lines.append(f"{'parameter':44} {'error':>9} {'norm ratio':>12}  replicas")
+    for row in result.rows:
+        equal = "equal" if row.replicas_equal else "DIFFER"
+        mark = "" if row.passed else "  <-- wrong"
+        lines.append(f"{row.name:44} {row.error:9.1e} {row.norm_ratio:12.8f}  {equal}{mark}")
+    norms = "the same bits on every rank" if result.norms_equal else "DIFFERS between ranks"
+    lines += [
+        f"loss deviates by {result.loss_deviation:.1e}, gradient norm by "
+        f"{result.norm_deviation:.1e} ({norms})",
+        f"{result.world_size} ranks and one, {NUM_STEPS} steps: {result.seconds:.1f} s, "
+        f"{result.peak_mib:.0f} MiB in all ranks",
+    ]
+    wrong = [row.name for row in result.rows if not row.passed]
+    if result.passed:
+        lines.append(f"EQUAL to one process within {TOLERANCE:g}")
+    elif wrong:
+        lines.append(f"WRONG: {', '.join(wrong)}")
+    else:
+        lines.append("WRONG: loss or gradient norm")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Verify the layout that `argv` describes; 0 equal, 1 wrong, 2 refused."""
+    init_logger()
+    argv, full, json_file = _own_options(list(argv))
+    try:
+        config = load_config(argv)
+        result = verify(config, full)
+    except ConfigError as error:
+        report(error, argv)
+        return EXIT_CONFIG
+    print(summary(result))
+    if json_file:
+        content = asdict(result) | {"passed": result.passed, "tolerance": TOLERANCE}
+        Path(json_file).write_text(json.dumps(content, indent=1))
+    return 0 if result.passed else 1
+
+
+def _own_options(argv: list[str]) -> tuple[list[str], bool, str | None]:
+    """The arguments for the config, and ours: --verify.full and --verify.json FILE."""
+    rest, full, json_file = [], False, None
+    words = iter(argv)
+    for word in words:
+        if word == "--verify.full":
+            full = True
+        elif word == "--verify.json":
+            json_file = next(words, None)
+        elif word.startswith("--verify.json="):
+            json_file = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, full, json_file
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

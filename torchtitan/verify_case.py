@@ -1,0 +1,161 @@
+"""What the oracle tries: a config's layout cut down to this machine, and one process beside it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from torchtitan.config.checks import check_config
+from torchtitan.config.faults import ConfigError
+from torchtitan.config.schema import JobConfig, Parallelism
+from torchtitan.data.batch import IGNORE_INDEX
+from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.registry import model_config
+
+MAX_RANKS = 8
+MAX_SEQ_LEN = 32
+MAX_MICROBATCHES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout to try, all of it settled."""
+
+    config: JobConfig
+    model_config: DecoderConfig
+    world_size: int
+    settled: tuple[str, ...]
+    """What was changed of the user's config, in words."""
+
+
+def settle(config: JobConfig, full: bool) -> Case:
+    """The case that a training config describes; `full` keeps the model's size and lengths.
+
+    Raises ConfigError with every fault of the config as it stands.
+    """
+    faults = list(check_config(config))
+    try:
+        flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
+        model = flavor.update_from_config(config)
+    except ConfigError as error:
+        faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+
+    notes: list[str] = []
+    parallelism, world_size = _ranks(config.parallelism, notes)
+    tp = parallelism.tensor_parallel_degree
+    if not full:
+        small = model.shrunk(tp)
+        notes += _changes("model.", model, small, ("seq_len",))
+        model = small
+    training = _batch(config, parallelism, world_size // tp, full, notes)
+    notes.append("packed synthetic documents in place of the data; gradients in float32")
+    new = replace(
+        config,
+        parallelism=parallelism,
+        training=training,
+        compile=_on_cpu(config, notes),
+        debug=replace(config.debug, seed=config.debug.seed or 0),
+    )
+    model = replace(model, seq_len=training.seq_len)
+    return Case(new, model, world_size, tuple(notes))
+
+
+def alone(case: Case) -> Case:
+    """The same global batch on one process: no mesh, no recomputation, no compiler."""
+    config = case.config
+    parallelism = Parallelism()
+    training = replace(
+        config.training,
+        local_batch_size=config.training.global_batch_size,
+        enable_cpu_offload=False,
+    )
+    config = replace(
+        config,
+        parallelism=parallelism,
+        training=training,
+        compile=replace(config.compile, enable=False),
+        activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
+    )
+    return replace(case, config=config, world_size=1)
+
+
+def synthetic_batch(
+    case: Case, step: int
+) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """Tokens and labels (sequences, L), and document lengths; ragged, with unequal valid labels."""
+    draw = np.random.default_rng([case.config.debug.seed, step])
+    shape = (case.config.training.global_batch_size, case.config.training.seq_len)
+    stream = draw.integers(case.model_config.vocab_size, size=(shape[0], shape[1] + 1))
+    tokens, labels = stream[:, :-1].copy(), stream[:, 1:].copy()
+    lengths = []
+    for row in range(shape[0]):
+        cuts = np.flatnonzero(draw.random(shape[1] - 1) < 0.1) + 1
+        lengths.append(np.diff([0, *cuts, shape[1]]).tolist())
+        labels[row, cuts - 1] = IGNORE_INDEX  # a document's last token predicts nothing
+    labels[0] = IGNORE_INDEX  # as a slot whose data has ended
+    return torch.from_numpy(tokens), torch.from_numpy(labels), lengths
+
+
+def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int]:
+    """Degrees whose product is at most MAX_RANKS; an axis that was used stays used."""
+    degrees = {
+        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
+        "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
+        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+    }
+    settled = dict(degrees)
+    if settled["data_parallel_shard_degree"] == -1:
+        settled["data_parallel_shard_degree"] = 2
+    for axis in settled:
+        if np.prod(list(settled.values())) > MAX_RANKS:
+            settled[axis] = _smallest_divisor(settled[axis])
+    notes += [
+        f"parallelism.{axis}: {degrees[axis]} -> {settled[axis]}"
+        for axis in degrees
+        if degrees[axis] != settled[axis]
+    ]
+    return replace(parallelism, **settled), int(np.prod(list(settled.values())))
+
+
+def _smallest_divisor(degree: int) -> int:
+    """Above one, where there is one."""
+    return next((n for n in range(2, degree + 1) if degree % n == 0), 1)
+
+
+def _batch(config: JobConfig, parallelism: Parallelism, dp: int, full: bool, notes: list[str]):
+    """Training settings of the case: two sequences a microbatch, at most two microbatches."""
+    training = config.training
+    microbatches = 1
+    if training.global_batch_size > training.local_batch_size:
+        microbatches = MAX_MICROBATCHES
+    local = min(training.local_batch_size, 2)
+    seq_len = training.seq_len if full else min(training.seq_len, MAX_SEQ_LEN)
+    if parallelism.enable_sequence_parallel:
+        seq_len -= seq_len % parallelism.tensor_parallel_degree
+    new = replace(
+        training,
+        local_batch_size=local,
+        global_batch_size=local * dp * microbatches,
+        seq_len=seq_len,
+        dtype="float32",
+        mixed_precision_param="float32",
+    )
+    notes += _changes("training.", training, new, ())
+    return new
+
+
+def _on_cpu(config: JobConfig, notes: list[str]):
+    """The compiler without its code generator: graphs, hooks and recomputation are the same."""
+    if not config.compile.enable or config.compile.backend == "aot_eager":
+        return config.compile
+    notes.append(f"compile.backend: {config.compile.backend} -> aot_eager")
+    return replace(config.compile, backend="aot_eager")
+
+
+def _changes(prefix: str, old: object, new: object, hidden: tuple[str, ...]) -> Iterator[str]:
+    for key, value in vars(new).items():
+        if value != getattr(old, key) and key not in hidden:
+            yield f"{prefix}{key}: {getattr(old, key)} -> {value}"
