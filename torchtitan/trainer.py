@@ -3,7 +3,8 @@
 import gc
 import os
 import random
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -203,17 +204,25 @@ class Trainer:
         validation = self.config.validation
         if not validation.enable or (self.step != 1 and self.step % validation.freq):
             return
-        self.watchdog.mark(self.step, "validation")
-        with self.metrics.paused():
+        with self._pause("validation"):
             loader = self.validation_loader
             loss, num_tokens = validate(self.model, loader, validation.steps, self.device)
             self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
 
     def _save(self, last: bool) -> None:
         if self.checkpoints.wants_save(self.step, last):
-            self.watchdog.mark(self.step, "checkpoint")
-            with self.metrics.paused():
+            with self._pause("checkpoint"):
                 self.checkpoints.save(self.step, self._progress(), last)
+
+    @contextmanager
+    def _pause(self, phase: str) -> Iterator[None]:
+        """Around what is not training: it has the longer timeout, and throughput leaves it out."""
+        comm = self.config.comm
+        self.watchdog.set_timeout(comm.init_timeout_seconds)
+        self.watchdog.mark(self.step, phase)
+        with self.metrics.paused():
+            yield
+        self.watchdog.set_timeout(comm.train_timeout_seconds)
 
     def _progress(self) -> dict[str, Any]:
         slots: list[dict[str, Any]] = [{}] * self.world.size
