@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed_tests.test_data_parallel import gradients, job, tiny
+from tests.distributed_tests.test_data_parallel import build, gradients, job, tiny
 from torchtitan.distributed.launch import run_ranks
 
 TP2 = {"tensor_parallel_degree": 2}
@@ -52,3 +52,17 @@ def test_gradients_equal_one_process(reference, name):
         for key, grad in grads.items():
             assert torch.equal(their_weights[key], weights[key]), key
             assert (their_grads[key] - grad).norm() < 1e-5 * grad.norm(), key
+
+
+def axes(model_config, config):
+    """Mesh axes of each parameter."""
+    _, model = build(model_config, config)
+    return {name: p.device_mesh.mesh_dim_names for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tp", [TP2, WHOLE], ids=["sp", "no sp"])
+def test_all_parameters_are_on_one_mesh(tp):
+    """Clipping and the optimizer use foreach kernels on GPUs, which take one mesh at a time."""
+    config = tiny(n_heads=4, n_kv_heads=4, dim=40)
+    for found in run_ranks(axes, 2, config, job(tp=tp)):
+        assert set(found.values()) == {("dp_shard", "tp")}

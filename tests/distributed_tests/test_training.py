@@ -22,7 +22,7 @@ COMMON = {
     "model.overrides.dim": 32,
     "model.overrides.n_layers": 2,
     "model.overrides.n_heads": 2,
-    "model.overrides.n_kv_heads": 1,
+    "model.overrides.n_kv_heads": 2,
     "model.overrides.ffn_dim": 48,
     "training.seq_len": 32,
     "training.steps": STEPS,
@@ -73,7 +73,8 @@ def run(folder, world_size=1, **changes):
     """Train on `world_size` ranks: (records by step, initial and final weights, batch hashes)."""
     settings = COMMON | {"job.dump_folder": folder} | changes
     ranks = run_ranks(train, world_size, settings, timeout=120)
-    hashes = [batch_hash(*shares) for shares in zip(*(batches for *_, batches in ranks), strict=True)]
+    readers = ranks[:: changes.get(TENSOR, 1)]  # tensor-parallel neighbours read the same
+    hashes = [batch_hash(*shares) for shares in zip(*(batches for *_, batches in readers), strict=True)]
     initial, final, _ = ranks[0]
     return records(folder), initial, final, hashes
 
@@ -88,6 +89,7 @@ def reference(tmp_path_factory):
     return run(tmp_path_factory.mktemp("reference"), **{"training.local_batch_size": 12})
 
 
+TENSOR = "parallelism.tensor_parallel_degree"
 REPLICATE = "parallelism.data_parallel_replicate_degree"
 LAYOUTS = {
     "fsdp2": (2, {}),
@@ -95,6 +97,8 @@ LAYOUTS = {
     "fsdp4": (4, {}),
     "hsdp2x2": (4, {REPLICATE: 2}),
     "replicate4": (4, {REPLICATE: 4}),
+    "tp2": (2, {TENSOR: 2}),
+    "fsdp2 x tp2, no sp": (4, {TENSOR: 2, "parallelism.no_enable_sequence_parallel": True}),
     "accumulate 4": (1, {"training.local_batch_size": 3}),
     "1 worker": (1, {"training.local_batch_size": 12, "training.dataloader.num_workers": 1}),
     "3 workers": (2, {"training.dataloader.num_workers": 3}),

@@ -33,8 +33,9 @@ def apply_styles(
 ) -> None:
     """Split the modules named in `styles` over a one-dimensional mesh, in place."""
     between = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
-    plan = {name: _meaning(style, between) for name, style in styles.items()}
-    parallelize_module(model, mesh, {name: style for name, style in plan.items() if style})
+    parallelize_module(
+        model, mesh, {name: _meaning(style, between) for name, style in styles.items()}
+    )
 
 
 def loss_layout(tp: int, config: Parallelism) -> AbstractContextManager[None]:
@@ -45,13 +46,15 @@ def loss_layout(tp: int, config: Parallelism) -> AbstractContextManager[None]:
     return loss_parallel() if tp > 1 and not config.disable_loss_parallel else nullcontext()
 
 
-def _meaning(style: Style, between: Placement) -> ParallelStyle | None:
+def _meaning(style: Style, between: Placement) -> ParallelStyle:
     match style:
         case Style.EMBEDDING:
             return _Embedding(input_layouts=Replicate(), output_layouts=between)
         case Style.SEQUENCE:
-            # Where every rank has all activations, a whole weight needs nothing.
-            return None if between.is_replicate() else SequenceParallel(use_local_output=True)
+            # Also where every rank has all activations: foreach kernels take one mesh at a time.
+            sequence = SequenceParallel(use_local_output=True)
+            sequence.sequence_sharding = (between,)
+            return sequence
         case Style.GATHER:
             return _Gather(between)
         case Style.COLWISE:
