@@ -15,4 +15,3 @@ def init_logger() -> None:
     handler.setFormatter(logging.Formatter(f"[titan] %(asctime)s %(levelname)s{rank} %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
-    logger.propagate = False

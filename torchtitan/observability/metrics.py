@@ -109,7 +109,7 @@ class MetricsLogger:
         self._write(record)
 
     def log_validation(self, step: int, *, loss: float, num_tokens: int) -> None:
-        """Report a validation over `num_tokens` positions in all; call it inside its paused()."""
+        """Report a validation over `num_tokens` valid labels in all; call it inside its paused()."""
         seconds = self._clock.seconds_into_pause()
         tokens_per_second = num_tokens / seconds
         record = {
