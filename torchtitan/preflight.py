@@ -18,7 +18,9 @@ from torchtitan.checkpoint.manager import Progress, find_checkpoint, read_progre
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config, located
-from torchtitan.config.schema import JobConfig
+from torchtitan.config.schema import JobConfig, Training, Validation
+from torchtitan.data.datasets import open_sources, parse_dataset
+from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
 from torchtitan.distributed.comm import World, pick_device
 from torchtitan.distributed.mesh import Degrees, global_batch_size
@@ -27,6 +29,7 @@ from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
 from torchtitan.observability.profiling import check_memory_snapshot
 from torchtitan.observability.sinks import check_sinks
+from torchtitan.optim.groups import check_no_decay
 
 Result = TypeVar("Result")
 
@@ -66,6 +69,9 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     model = attempt(_model_config, config)
     if model and tokenizer:
         faults += check_tokenizer(tokenizer, model.vocab_size)
+    if model and config.optimizer.no_decay:
+        attempt(check_no_decay, config.optimizer.no_decay, _parameter_names(model))
+    attempt(_check_data, config)
     checkpoint = attempt(find_checkpoint, config.checkpoint, Path(config.job.dump_folder))
     progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
@@ -88,6 +94,21 @@ def _import(module: str) -> list[Fault]:
 def _model_config(config: JobConfig) -> DecoderConfig:
     flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
     return flavor.update_from_config(config)
+
+
+def _parameter_names(model: DecoderConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in model.build().named_parameters()]
+
+
+def _check_data(config: JobConfig) -> None:
+    """Find and probe the data of training and validation, as a run with one sequence a batch would."""
+    sections: list[tuple[str, Training | Validation]] = [("training", config.training)]
+    if config.validation.enable:
+        sections.append(("validation", config.validation))
+    for name, section in sections:
+        specs = parse_dataset(section.dataset, section.dataset_path, name)
+        open_sources(specs, Dealing(num_slots=1, seed=0, shuffle=False), name)
 
 
 def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:

@@ -1,0 +1,83 @@
+"""A run that cannot work is refused before any rank starts: one message each, status 2, no traceback."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from torchtitan.preflight import main
+
+TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
+DEBUG = ["--model.flavor=debugmodel"]
+
+
+def broken_tokenizer(folder):
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer.json").write_text("{ not json")
+    return [f"--model.hf_assets_path={folder / 'tokenizer'}"]
+
+
+def empty_dataset(folder):
+    (folder / "empty.jsonl").write_text("")
+    return [f"--training.dataset={folder / 'empty.jsonl'}"]
+
+
+def useless_dataset(folder):
+    (folder / "bad.jsonl").write_text(json.dumps({"words": "no text key"}) + "\n")
+    return [f"--training.dataset={folder / 'bad.jsonl'}"]
+
+
+CASES = {
+    "misspelt key": (["--training.sqe_len=8"], "training.seq_len"),
+    "wrong type": (["--training.steps=many"], "expects an integer"),
+    "impossible combination": (["--training.global_batch_size=3"], "global_batch_size"),
+    "too long": (["--training.seq_len=200000"], "limit of 131072 positions"),
+    "missing file": (["--job.config_file=/no/such.toml"], "/no/such.toml"),
+    "corrupt tokenizer": (broken_tokenizer, "hf_assets_path"),
+    "empty dataset": (empty_dataset, "training.dataset"),
+    "dataset without text": (useless_dataset, "training.dataset"),
+    "missing dataset": (["--training.dataset=c4_tset"], "Did you mean c4_test"),
+    "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
+    "unknown flavor": (["--model.flavor=9B"], "8B"),
+    "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
+    "ranks that do not divide": (
+        ["--parallelism.data_parallel_replicate_degree=3"],
+        "does not divide the 4 ranks",
+    ),
+    "heads that do not divide": (
+        ["--parallelism.tensor_parallel_degree=4", "--model.overrides.n_heads=2", "--model.overrides.n_kv_heads=2"],
+        "does not divide 2 (heads)",
+    ),
+    "not built": (["--parallelism.pipeline_parallel_degree=2"], "not built"),
+    "pattern of nothing": (["--optimizer.no_decay=*nrom*"], "matches no parameter"),
+    "missing import": (["--experimental.custom_import=no_such_module"], "custom_import"),
+    "missing checkpoint": (
+        ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
+        "not a complete checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistakes_are_refused_with_one_message(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NGPU", "4")
+    arguments, expected = CASES[name]
+    argv = arguments(tmp_path) if callable(arguments) else arguments
+    assert main([*DEBUG, f"--job.dump_folder={tmp_path}", *argv]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert "Traceback" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("- ")]) == 1, printed
+
+
+def test_all_mistakes_are_listed_at_once(tmp_path, capsys):
+    argv = ["--training.seq_len=200000", "--optimizer.beta1=2", "--training.dataset=nothing"]
+    assert main([*DEBUG, f"--job.dump_folder={tmp_path}", *argv]) == 2
+    printed = capsys.readouterr().err
+    assert all(key in printed for key in ("seq_len", "beta1", "training.dataset"))
+
+
+def test_a_config_that_works_is_passed_in_silence(tmp_path, capsys):
+    assert main([*DEBUG, f"--job.dump_folder={tmp_path}"]) == 0
+    assert capsys.readouterr().err == ""
