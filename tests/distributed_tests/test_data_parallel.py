@@ -123,7 +123,7 @@ def reference(request):
 def test_gradients_equal_one_process(reference, name):
     model_config, (weights, grads, loss, norm) = reference
     world_size, config, microbatches = LAYOUTS[name]
-    ranks = run_ranks(gradients, world_size, model_config, config, microbatches)
+    ranks = run_ranks(gradients, world_size, model_config, config, microbatches, timeout=180)
     for their_weights, their_grads, their_loss, their_norm in ranks:
         assert their_norm == ranks[0][3]  # the same bits on every rank
         assert their_norm == pytest.approx(norm, rel=1e-6)
