@@ -121,8 +121,13 @@ def reference(request):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_equal_one_process(reference, name):
+    assert_equals_one_process(reference, LAYOUTS[name])
+
+
+def assert_equals_one_process(reference, layout):
+    """Weights bit-equal, gradients, loss and norm equal; layout is (ranks, config, microbatches)."""
     model_config, (weights, grads, loss, norm) = reference
-    world_size, config, microbatches = LAYOUTS[name]
+    world_size, config, microbatches = layout
     ranks = run_ranks(gradients, world_size, model_config, config, microbatches, timeout=180)
     for their_weights, their_grads, their_loss, their_norm in ranks:
         assert their_norm == ranks[0][3]  # the same bits on every rank

@@ -1,9 +1,14 @@
 """Every layout with tensor parallelism has the weights and gradients of one process."""
 
 import pytest
-import torch
 
-from tests.distributed_tests.test_data_parallel import build, gradients, job, tiny
+from tests.distributed_tests.test_data_parallel import (
+    assert_equals_one_process,
+    build,
+    gradients,
+    job,
+    tiny,
+)
 from torchtitan.distributed.launch import run_ranks
 
 TP2 = {"tensor_parallel_degree": 2}
@@ -42,16 +47,7 @@ def reference(request):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_equal_one_process(reference, name):
-    model_config, (weights, grads, loss, norm) = reference
-    world_size, config, microbatches = LAYOUTS[name]
-    ranks = run_ranks(gradients, world_size, model_config, config, microbatches, timeout=180)
-    for their_weights, their_grads, their_loss, their_norm in ranks:
-        assert their_norm == ranks[0][3]  # the same bits on every rank
-        assert their_norm == pytest.approx(norm, rel=1e-6)
-        assert their_loss == pytest.approx(loss, rel=1e-6)
-        for key, grad in grads.items():
-            assert torch.equal(their_weights[key], weights[key]), key
-            assert (their_grads[key] - grad).norm() < 1e-5 * grad.norm(), key
+    assert_equals_one_process(reference, LAYOUTS[name])
 
 
 def axes(model_config, config):
