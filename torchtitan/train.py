@@ -11,6 +11,7 @@ from torchtitan.distributed.comm import (
     init_process_group,
     pick_device,
 )
+from torchtitan.host_memory import keep_freed_memory
 from torchtitan.logging import init_logger
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.preflight import prepare, report
@@ -22,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     init_logger()
     world = World.from_environment()
     device = pick_device(world)
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         config = load_config(argv)
         setup = prepare(config, world.size, device)
