@@ -28,8 +28,8 @@ def build_model(
     inits = parameter_inits(model)
     parallelize(model, mesh, precision, config)
 
-    def drawn(name: str, shape: torch.Size) -> torch.Tensor:
-        return draw(name, shape, inits[name], config.debug.seed, device)
+    def drawn(name: str, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
+        return draw(name, shape, rows, inits[name], config.debug.seed, device)
 
     storage = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill_parameters(model, storage, drawn)

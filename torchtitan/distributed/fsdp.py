@@ -18,7 +18,8 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
@@ -98,19 +99,37 @@ def sync_gradients(model: nn.Module, last_microbatch: bool, each_microbatch: boo
 
 
 def fill_parameters(
-    model: nn.Module, device: torch.device, draw: Callable[[str, torch.Size], torch.Tensor]
+    model: nn.Module,
+    device: torch.device,
+    draw: Callable[[str, torch.Size, torch.Tensor], torch.Tensor],
 ) -> None:
     """Move a sharded model from the meta device to `device`, and give each rank its part of the weights.
 
-    draw(name, shape) returns the whole logical tensor; all ranks draw the same values, so nothing
-    is communicated. With CPU offload `device` is the CPU, whatever device the mesh is on.
+    draw(name, shape, rows) returns those rows of the whole logical tensor; all ranks draw the same
+    values, so nothing is communicated. With CPU offload `device` is the CPU, whatever device the mesh
+    is on.
     """
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            full = draw(name, parameter.shape).to(parameter.dtype)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                parameter = parameter.to_local()
-                full = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local()
-            parameter.copy_(full)
+            rows = torch.arange(parameter.shape[0])
+            if not isinstance(parameter, DTensor):
+                parameter.copy_(draw(name, parameter.shape, rows))
+                continue
+            mesh, whole = parameter.device_mesh, Replicate()
+            # Not is_shard(0): FSDP's strided shard of a tensor-parallel weight is no Shard to it.
+            on_rows = [getattr(placement, "dim", None) == 0 for placement in parameter.placements]
+            of_rows = [p if on else whole for p, on in zip(parameter.placements, on_rows)]
+            of_rest = [whole if on else p for p, on in zip(parameter.placements, on_rows)]
+            part = draw(name, parameter.shape, _local_part(rows, mesh, of_rows))
+            parameter.to_local().copy_(_local_part(part, mesh, of_rest))
+
+
+def _local_part(
+    whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]
+) -> torch.Tensor:
+    """What this rank holds of a tensor that all ranks have."""
+    if all(placement.is_replicate() for placement in placements):
+        return whole
+    whole = whole.to(mesh.device_type)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()

@@ -25,7 +25,14 @@ class Constant:
     value: float
 
 
-Init = Normal | Constant
+@dataclass(frozen=True)
+class PerExpert:
+    """Each index of the first dimension is a tensor of its own: ranks draw only what they own."""
+
+    each: Normal | Constant
+
+
+Init = Normal | Constant | PerExpert
 
 
 def parameter_inits(model: nn.Module) -> dict[str, Init]:
@@ -46,8 +53,23 @@ def _declared(model: nn.Module) -> Iterator[tuple[str, Init]]:
             yield f"{prefix}.{name}" if prefix else name, init
 
 
-def draw(name: str, shape: torch.Size, init: Init, seed: int, device: torch.device) -> torch.Tensor:
-    """The whole logical tensor of one parameter, fp32, on `device`."""
+def draw(
+    name: str, shape: torch.Size, rows: torch.Tensor, init: Init, seed: int, device: torch.device
+) -> torch.Tensor:
+    """The given rows (indices of the first dimension) of one parameter's logical tensor, fp32.
+
+    `device` is where they are drawn: generators of different devices give different numbers.
+    """
+    if isinstance(init, PerExpert):
+        each = [_draw_whole(f"{name}.{i}", shape[1:], init.each, seed, device) for i in rows.tolist()]
+        return torch.stack(each) if each else torch.empty(0, *shape[1:], device=device)
+    whole = _draw_whole(name, shape, init, seed, device)
+    return whole if len(rows) == shape[0] else whole.index_select(0, rows.to(device))
+
+
+def _draw_whole(
+    name: str, shape: torch.Size, init: Normal | Constant, seed: int, device: torch.device
+) -> torch.Tensor:
     values = torch.empty(shape, dtype=torch.float32, device=device)
     if isinstance(init, Constant):
         return values.fill_(init.value)

@@ -21,7 +21,7 @@ def build(config, seed=0):
     inits = parameter_inits(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(draw(name, parameter.shape, inits[name], seed, CPU))
+            parameter.copy_(draw(name, parameter.shape, torch.arange(len(parameter)), inits[name], seed, CPU))
     model.fill_buffers(CPU)
     return model
 

@@ -1,0 +1,1 @@
+"""Mixture of experts: router, experts, and the block that joins them."""

@@ -1,0 +1,42 @@
+"""The shape of a mixture-of-experts layer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer; a family's flavors differ in these numbers, `[model.overrides.moe]` sets them."""
+
+    num_experts: int
+    top_k: int
+    ffn_dim: int
+    """Hidden width of one expert."""
+    num_shared_experts: int = 0
+    """Experts that every token uses, computed as one feed-forward layer of that many widths."""
+
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
+    """Turns router logits into scores, in fp32."""
+    score_chosen_only: bool = False
+    """Scores are computed among the chosen experts' logits, not among all."""
+    route_norm: bool = False
+    """The chosen scores of a token are divided by their sum."""
+    route_scale: float = 1.0
+    """Factor on the scores, after normalisation."""
+    score_before_experts: bool = False
+    """Scores multiply the experts' input instead of their output."""
+    router_bias: bool = False
+    """The router's projection has a bias."""
+    num_expert_groups: int = 1
+    """Experts are chosen within the best groups only; DeepSeek-V3's `n_group`."""
+    num_limited_groups: int = 1
+    """How many groups that is; `topk_group`."""
+
+    load_balance_coeff: float = 0.0
+    """Step of the balance bias, which is added to scores for the choice only (arXiv 2408.15664)."""
+    force_load_balance: bool = False
+    """Experts take turns whatever the router says; for benchmarks. Set by `update_from_config`."""
+    experts_backend: Literal["auto", "reference"] = "auto"
+    """What multiplies: see models/moe/experts.py. Set by `update_from_config`."""
+    max_rows_per_chunk: int = 0
+    """Rows that experts' intermediates may hold at a time, or 0. Set by `update_from_config`."""

@@ -1,0 +1,78 @@
+"""Brings tokens to experts and back; here for experts that all live on the same rank.
+
+T tokens, K top-k, N = T * K routed rows, R rows that the experts get, D model, e local experts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from torchtitan import routing
+from torchtitan.routing import RowOrder
+
+
+@dataclass(frozen=True)
+class DispatchMetadata:
+    """What `combine` and the experts must know of one `dispatch`."""
+
+    original_num_tokens: int
+    """T, before any padding."""
+    order: RowOrder
+    """Where each token's rows went."""
+    routed_scores: torch.Tensor | None
+    """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
+    gathered_from: tuple[torch.Tensor, torch.Tensor] | None
+    """(tokens (T, D), index (R,)) that give the rows again, so that backward need not keep them."""
+
+
+class TokenDispatcher(Protocol):
+    """Tokens to rows sorted by local expert, and back. Holds no parameters."""
+
+    score_before_experts: bool
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
+        """x (T, D), top_scores (T, K) fp32, selected_experts_indices (T, K) int64.
+
+        Returns routed_input (R, D), num_tokens_per_expert (e,) int64, metadata.
+        """
+        ...
+
+    def combine(
+        self, routed_output: torch.Tensor, metadata: DispatchMetadata, x: torch.Tensor
+    ) -> torch.Tensor:
+        """routed_output (R, D), weighted; x as in `dispatch`. Returns each token's sum, (T, D)."""
+        ...
+
+
+class LocalTokenDispatcher:
+    """Sorts rows by expert; nothing leaves the rank."""
+
+    def __init__(self, num_experts: int, score_before_experts: bool):
+        self.num_experts = num_experts
+        self.score_before_experts = score_before_experts
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
+        order = routing.sort_by_expert(selected_experts_indices)
+        counts = routing.count_tokens(selected_experts_indices, self.num_experts)
+        rows, scores = routing.spread(x, order), routing.reorder(top_scores, order)
+        if self.score_before_experts:
+            rows, scores, source = routing.weight(rows, scores), None, None
+        else:
+            source = (x, order.tokens)
+        return rows, counts, DispatchMetadata(len(x), order, scores, source)
+
+    def combine(
+        self, routed_output: torch.Tensor, metadata: DispatchMetadata, x: torch.Tensor
+    ) -> torch.Tensor:
+        return routing.collect(routed_output, metadata.order)

@@ -1,0 +1,85 @@
+"""The mixture-of-experts layer: router, dispatcher, experts and shared experts.
+
+B batch, L sequence, T = B * L tokens (batch-major), D model, E experts, K top-k.
+"""
+
+import torch
+from torch import nn
+
+from torchtitan import routing
+from torchtitan.models.feed_forward import FeedForward
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
+from torchtitan.models.moe.experts import GroupedExperts
+from torchtitan.models.moe.router import TokenChoiceTopKRouter
+from torchtitan.sharding import Fragment, Style
+
+
+class MoE(nn.Module):
+    """Takes the place of the feed-forward layer: each token goes to K of E experts.
+
+    Expert parallelism replaces `dispatcher`; nothing else in here knows of ranks.
+    """
+
+    def __init__(self, dim: int, config: MoEConfig, residual_std: float):
+        super().__init__()
+        self.router = TokenChoiceTopKRouter(dim, config, init_std=0.02)
+        self.experts = GroupedExperts(
+            dim,
+            config.ffn_dim,
+            config.num_experts,
+            residual_std,
+            config.experts_backend,
+            config.max_rows_per_chunk,
+        )
+        shared_dim = config.num_shared_experts * config.ffn_dim
+        self.shared_experts = FeedForward(dim, shared_dim, residual_std) if shared_dim else None
+        self.dispatcher: TokenDispatcher = LocalTokenDispatcher(
+            config.num_experts, config.score_before_experts
+        )
+        self.load_balance_coeff = config.load_balance_coeff
+        load = torch.empty(config.num_experts, dtype=torch.int64)
+        self.register_buffer("tokens_per_expert", load, persistent=False)
+        bias = torch.empty(config.num_experts) if config.load_balance_coeff else None
+        self.register_buffer("expert_bias", bias)
+
+    @property
+    def fragment(self) -> Fragment:
+        """Styles of the parts that this layer has."""
+        fragment = {
+            "": Style.REGION,
+            "router.gate": Style.REGION_WHOLE,
+            "experts": Style.EXPERTS,
+        }
+        if self.shared_experts is not None:
+            fragment |= {
+                "shared_experts.w1": Style.REGION_COLWISE,
+                "shared_experts.w2": Style.REGION_ROWWISE,
+                "shared_experts.w3": Style.REGION_COLWISE,
+            }
+        return fragment
+
+    def fill_buffers(self) -> None:
+        """Start without load and without bias, after the model has left the meta device."""
+        self.tokens_per_expert.zero_()
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, L, D) -> (B, L, D)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        choice = self.router(tokens, self.expert_bias)
+        if self.training:
+            routing.record_load(self.tokens_per_expert, choice.selected_experts_indices)
+        out = self.routed(tokens, choice.top_scores, choice.selected_experts_indices)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(tokens)
+        return out.view_as(x)
+
+    def routed(
+        self, tokens: torch.Tensor, scores: torch.Tensor, expert_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts' weighted sum: tokens (T, D), scores and expert_ids (T, K) -> (T, D)."""
+        rows, counts, metadata = self.dispatcher.dispatch(tokens, scores, expert_ids)
+        rows = self.experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
+        return self.dispatcher.combine(rows, metadata, tokens)
