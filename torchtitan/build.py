@@ -4,29 +4,29 @@ from dataclasses import asdict
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.loader import DataConfig, Loader, build_loader
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.apply import parallelize
 from torchtitan.distributed.fsdp import Precision, fill_parameters
+from torchtitan.distributed.mesh import Degrees
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.init import draw, parameter_inits
 
 
 def build_model(
     model_config: DecoderConfig,
-    mesh: DeviceMesh,
+    degrees: Degrees,
     precision: Precision,
     config: JobConfig,
     device: torch.device,
 ) -> nn.Module:
-    """The model spread over `mesh`, with the initial weights of config.debug.seed."""
+    """The model spread over all ranks, with the initial weights of config.debug.seed."""
     with torch.device("meta"):
         model = model_config.build()
     inits = parameter_inits(model)
-    parallelize(model, mesh, precision, config)
+    parallelize(model, degrees, device.type, precision, config)
 
     def drawn(name: str, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
         return draw(name, shape, rows, inits[name], config.debug.seed, device)

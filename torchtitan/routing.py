@@ -75,14 +75,14 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        return _sum_rows(grad, rows), None, None
+        return sum_rows(grad, rows), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, tokens, rows):
         ctx.save_for_backward(tokens)
-        return _sum_rows(y, rows)
+        return sum_rows(y, rows)
 
     @staticmethod
     def backward(ctx, grad):
@@ -122,7 +122,7 @@ def collect(y: torch.Tensor, order: RowOrder) -> torch.Tensor:
     return _Collect.apply(y, order.tokens, order.rows)
 
 
-def _sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(N, D) and (T, K) to (T, D) in y's dtype."""
     total = torch.zeros(len(rows), y.shape[1], dtype=torch.float32, device=y.device)
     wide = y.dtype == torch.float64

@@ -23,20 +23,21 @@ class Style(Enum):
     ROWWISE = "rowwise"
     """Input features are split; outputs are summed, and the sequence split again."""
     LOCAL = "local"
-    """The weight is whole everywhere and works on each rank's heads; its gradient is summed."""
+    """The weight is whole everywhere and used for each rank's own work; its gradient is summed."""
     REGION = "region"
     """An MoE layer; inside, activations are local tensors and their gradients stay partial."""
-    REGION_WHOLE = "region whole"
-    """In a region: the weight is whole everywhere, its gradient is summed."""
     REGION_COLWISE = "region colwise"
     """In a region: output features are split."""
     REGION_ROWWISE = "region rowwise"
     """In a region: input features are split; outputs are left to be summed at its boundary."""
     EXPERTS = "experts"
-    """Weights of many experts (E, ..., F, D) and (E, D, F), spread by expert, split along F."""
+    """Weights (E, ..., F, D) and (E, D, F) of many experts: spread by expert, split along F."""
     HEAD = "head"
     """The output projection: the vocabulary is split, its input made whole."""
 
+
+EXPERT_HIDDEN_DIM = 2
+"""F in the shapes of experts' weights."""
 
 Fragment = Mapping[str, Style]
 """Styles by a module's name inside its layer; "" is the layer itself."""

@@ -116,7 +116,7 @@ def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
     config = case.config
     degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
     precision = Precision(torch.float32, torch.float32, torch.float32)
-    model = build_model(case.model_config, degrees.mesh("cpu"), precision, config, CPU)
+    model = build_model(case.model_config, degrees, precision, config, CPU)
     if sabotage is not None:
         sabotage(model)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)

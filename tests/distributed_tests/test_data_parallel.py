@@ -46,7 +46,7 @@ def global_batch():
 def build(model_config, config):
     degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
     precision = Precision.resolve(config, CPU)
-    return degrees, build_model(model_config, degrees.mesh("cpu"), precision, config, CPU)
+    return degrees, build_model(model_config, degrees, precision, config, CPU)
 
 
 def gradients(model_config, config, microbatches=1):

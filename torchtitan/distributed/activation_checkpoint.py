@@ -19,7 +19,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from torchtitan import routing  # noqa: F401 (defines operators)
 from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.distributed.expert_parallel import exchange  # noqa: F401
 
 _ATTENTION = {
     getattr(torch.ops.aten, name).default
@@ -30,6 +32,14 @@ _ATTENTION = {
         "_scaled_dot_product_flash_attention_for_cpu",
     )
 } | {torch._higher_order_ops.flex_attention}
+
+
+_ONCE = {
+    getattr(torch.ops.torchtitan, name).default
+    for name in ("keep", "record_load", "exchange_counts")
+}
+"""Routing is decided, counted and announced once: every recomputation gets the same results."""
+_SAVED_BY_OP = _ATTENTION | _ONCE | {torch.ops.torchtitan.exchange_rows.default}
 
 
 def checkpoint_by_op(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
@@ -48,8 +58,9 @@ def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> No
         every = 1
     elif config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
+    context_fn = functools.partial(create_selective_checkpoint_contexts, _save_routing)
     for block in list(blocks.values())[::every] if every else ():
-        _checkpoint(block, _options(config))
+        _checkpoint(block, _options(config) | {"context_fn": context_fn})
 
 
 def set_memory_budget(config: ActivationCheckpoint) -> None:
@@ -83,15 +94,19 @@ def _checkpointed_forward(self: nn.Module, *args):
     )
 
 
+def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ONCE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
-    """Keep attention's outputs and every second matrix product; recompute the rest.
+    """Keep attention's outputs, received rows and every second matrix product; recompute the rest.
 
     Products with a weight of one of `recomputed_shapes`, (in, out), are always recomputed.
     """
     num_products: dict[bool, int] = defaultdict(int)
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        if op in _ATTENTION:
+        if op in _SAVED_BY_OP:
             return CheckpointPolicy.MUST_SAVE
         if op is torch.ops.aten.mm.default and args[1].shape not in recomputed_shapes:
             num_products[ctx.is_recompute] += 1

@@ -1,7 +1,6 @@
 """Spreads a model over a mesh: one order of steps, for every model."""
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.activation_checkpoint import (
@@ -10,25 +9,38 @@ from torchtitan.distributed.activation_checkpoint import (
     set_memory_budget,
 )
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.expert_parallel.apply import apply_expert_parallel
 from torchtitan.distributed.fsdp import Precision, apply_fsdp
+from torchtitan.distributed.mesh import Degrees
 from torchtitan.distributed.plan import match
 from torchtitan.distributed.styles import apply_styles
+from torchtitan.sharding import Style
 
 
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, precision: Precision, config: JobConfig
+    model: nn.Module, degrees: Degrees, device_type: str, precision: Precision, config: JobConfig
 ) -> None:
     """Split, checkpoint, compile and shard a model on the meta device, in place."""
+    meshes = degrees.meshes(device_type)
     plan = model.parallel_plan()
     styles = match(plan, model)
     model.to(precision.store)
-    if mesh["tp"].size() > 1:
-        sequence_parallel = config.parallelism.enable_sequence_parallel
-        apply_styles(model, styles, mesh["tp"], sequence_parallel)
+    sequence_parallel = config.parallelism.enable_sequence_parallel
+    if degrees.tp > 1:
+        split_regions = not degrees.route_own_tokens(sequence_parallel)
+        apply_styles(model, styles, meshes.dense["tp"], sequence_parallel, split_regions)
+    if degrees.tp > 1 or degrees.ep > 1:
+        apply_expert_parallel(model, styles, degrees, meshes, sequence_parallel)
     set_memory_budget(config.activation_checkpoint)
     checkpoint_by_op(model.layers, config.activation_checkpoint)
-    apply_compile(model, config.compile)
+    exchanging = _named(styles, Style.REGION) if degrees.ep > 1 else []
+    apply_compile(model, exchanging, config.compile)
     checkpoint_blocks(model.layers, config.activation_checkpoint)
     reshard = config.parallelism.fsdp_reshard_after_forward
     offload = config.training.enable_cpu_offload
-    apply_fsdp(model, plan.fsdp_units, mesh, precision, reshard, offload)
+    experts = _named(styles, Style.EXPERTS)
+    apply_fsdp(model, plan.fsdp_units, experts, meshes, precision, reshard, offload)
+
+
+def _named(styles: dict[str, Style], wanted: Style) -> list[str]:
+    return [name for name, style in styles.items() if style is wanted]

@@ -1,19 +1,29 @@
 """torch.compile, block by block: equal blocks share one compiled graph."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from torchtitan.config.schema import Compile
 
 
-def apply_compile(model: nn.Module, config: Compile) -> None:
-    """Compile the model's blocks and its loss, as `compile.components` says, in place."""
+def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile) -> None:
+    """Compile the model's blocks and its loss, as `compile.components` says, in place.
+
+    `exchanging` are the MoE layers (module names) that send rows to other ranks. Their routed part
+    stays out of the graph: its shapes follow the data, and experts have FSDP hooks of their own.
+    """
     if not config.enable:
         return
     if "model" in config.components:
-        for block in model.layers.values():
+        for name in exchanging:
+            layer = model.get_submodule(name)
+            layer.routed = torch.compiler.disable(layer.routed)
+        for name, block in model.layers.items():
+            whole = not any(layer.startswith(f"layers.{name}.") for layer in exchanging)
             # Not block.compile(): that would put the hooks FSDP adds later inside the graph.
-            block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=True)
+            block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=whole)
     if "loss" in config.components:
         model.output.loss = torch.compile(
             model.output.loss, backend=config.backend, fullgraph=True

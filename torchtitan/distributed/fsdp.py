@@ -7,6 +7,7 @@ the whole global batch, so there is no averaging factor that could be wrong.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,11 +19,13 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
+from torchtitan.distributed.mesh import Meshes
+from torchtitan.sharding import EXPERT_HIDDEN_DIM
 
 
 @dataclass(frozen=True)
@@ -50,40 +53,62 @@ class Precision:
 def apply_fsdp(
     model: nn.Module,
     units: Sequence[Sequence[str]],
-    mesh: DeviceMesh,
+    experts: Sequence[str],
+    meshes: Meshes,
     precision: Precision,
     reshard: str,
     offload: bool,
 ) -> None:
-    """Shard the units (module names) over dp_shard and replicate them over dp_replicate, in place.
+    """Shard the units (module names) over the data-parallel ranks of `meshes`, in place.
 
-    `reshard` is parallelism.fsdp_reshard_after_forward; by default all but the last unit, which
-    backward needs at once, free their gathered weights after forward.
+    `experts` are the modules that hold experts; where these are spread over ranks of their own, they
+    are sharded by themselves. `reshard` is parallelism.fsdp_reshard_after_forward; by default all but
+    the last unit, which backward needs at once, free their gathered weights after forward.
     """
-    if mesh.size() == 1 and precision.compute == precision.store and not offload:
+    dense = meshes.dense
+    if dense.size() == 1 and precision.compute == precision.store and not offload:
         return
-    replicated = mesh["dp_replicate"].size() > 1
-    mesh = mesh["dp_replicate", "dp_shard"] if replicated else mesh["dp_shard"]
-    shared = {
-        "mesh": mesh,
-        # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
-        "mp_policy": MixedPrecisionPolicy(
-            precision.compute, precision.reduce, cast_forward_inputs=False
-        ),
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-        ),
-    }
+    # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
+    casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
+    pin = dense.device_type == "cuda"
+    offloads = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
+    shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads)
+
+    mesh = _data_parallel(dense, "dp_shard")
+    of_experts = mesh if meshes.experts is None else _data_parallel(meshes.experts, "efsdp")
+    weights = {id(w) for name in experts for w in model.get_submodule(name).parameters()}
+    placement = partial(_expert_placement, weights, of_experts.size(-1))
     for unit in units:
-        last = unit is units[-1]
+        frees = reshard == "always" or (reshard == "default" and unit is not units[-1])
+        if of_experts is not mesh:
+            for name in _inside(unit, experts):
+                module = model.get_submodule(name)
+                shard(module, mesh=of_experts, reshard_after_forward=frees, shard_placement_fn=placement)
         modules = [model.get_submodule(name) for name in unit]
-        reshard_after_forward = reshard == "always" or (reshard == "default" and not last)
-        fully_shard(modules, reshard_after_forward=reshard_after_forward, **shared)
-    fully_shard(model, reshard_after_forward=False, **shared)
+        shard(modules, mesh=mesh, reshard_after_forward=frees, shard_placement_fn=placement)
+    shard(model, mesh=mesh, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+
+
+def _data_parallel(mesh: DeviceMesh, shard_axis: str) -> DeviceMesh:
+    replicated = mesh["dp_replicate"].size() > 1
+    return mesh["dp_replicate", shard_axis] if replicated else mesh[shard_axis]
+
+
+def _inside(unit: Sequence[str], names: Sequence[str]) -> list[str]:
+    return [name for name in names if any(name.startswith(f"{part}.") for part in unit)]
+
+
+def _expert_placement(weights: set[int], num_ranks: int, weight: nn.Parameter) -> Shard | None:
+    """Experts are sharded by expert; where that leaves ranks without any, along their hidden width."""
+    if id(weight) not in weights:
+        return None
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    along_hidden = len(local) < num_ranks and local.shape[EXPERT_HIDDEN_DIM] % num_ranks == 0
+    return Shard(EXPERT_HIDDEN_DIM if along_hidden else 0)
 
 
 def sync_gradients(model: nn.Module, last_microbatch: bool, each_microbatch: bool) -> None:

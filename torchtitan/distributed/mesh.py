@@ -1,4 +1,4 @@
-"""How many ranks each kind of parallelism gets, and the DeviceMesh that follows."""
+"""How many ranks each kind of parallelism gets, and the DeviceMeshes that follow."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,33 @@ from torchtitan.config.schema import Parallelism, Training
 _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
 _TENSOR = "parallelism.tensor_parallel_degree"
+_EXPERT = "parallelism.expert_parallel_degree"
+_EXPERT_TENSOR = "parallelism.expert_tensor_parallel_degree"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The same ranks, seen from the dense layers and from the experts."""
+
+    dense: DeviceMesh
+    """Axes dp_replicate, dp_shard, tp."""
+    experts: DeviceMesh | None
+    """Axes dp_replicate, efsdp, ep, etp; None where experts live on the dense mesh (ep = 1)."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """Ranks along each mesh axis; their product is the world size."""
+    """Ranks along each mesh axis; dp_replicate * dp_shard * tp is the world size.
+
+    Experts regroup the ranks of one replica: ep * etp of them hold a layer's experts once.
+    """
 
     dp_replicate: int
     dp_shard: int
     tp: int
+    ep: int = 1
+    etp: int = 1
+    """Ranks that each expert is split over; the tensor-parallel degree where ep = 1."""
 
     @property
     def dp(self) -> int:
@@ -44,7 +62,14 @@ class Degrees:
                 f"{world_size} ranks."
             )
             raise ConfigError([Fault(_SHARD, reason, f"Use {left}, or -1.", value=shard)])
-        return cls(replicate, left, tp)
+        ep = config.expert_parallel_degree
+        etp = tp if ep == 1 else config.expert_tensor_parallel_degree
+        if etp not in (1, tp):
+            reason = f"experts are split as tensor parallelism splits (over {tp} ranks) or not at all."
+            raise ConfigError([Fault(_EXPERT_TENSOR, reason, f"Use {_words([1, tp])}.", value=etp)])
+        if (left * tp // etp) % ep:
+            raise ConfigError([_not_a_divisor(_EXPERT, ep, left * tp // etp)])
+        return cls(replicate, left, tp, ep, etp)
 
     def slots(self, rank: int, num_slots: int) -> range:
         """Which of the global batch's sequences a rank serves; tensor-parallel ranks share theirs."""
@@ -52,18 +77,41 @@ class Degrees:
         first = rank // self.tp * share
         return range(first, first + share)
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """The dense layers' mesh, axes dp_replicate, dp_shard and tp."""
-        axes = ("dp_replicate", "dp_shard", "tp")
-        shape = (self.dp_replicate, self.dp_shard, self.tp)
-        return init_device_mesh(device_type, shape, mesh_dim_names=axes)
+    def route_own_tokens(self, sequence_parallel: bool) -> bool:
+        """Whether each tensor-parallel rank routes its own part of the sequence through MoE layers.
+
+        It can where sequences are split and every expert is whole on one rank; otherwise the ranks of
+        a tensor-parallel group take all its tokens, and their outputs add up.
+        """
+        return sequence_parallel and self.ep > 1 and self.etp == 1
+
+    def meshes(self, device_type: str) -> Meshes:
+        """The ranks as DeviceMeshes; neighbouring ranks share tp, then ep."""
+        dense = init_device_mesh(
+            device_type,
+            (self.dp_replicate, self.dp_shard, self.tp),
+            mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+        )
+        if self.ep == 1:
+            return Meshes(dense, None)
+        efsdp = self.dp_shard * self.tp // (self.ep * self.etp)
+        experts = init_device_mesh(
+            device_type,
+            (self.dp_replicate, efsdp, self.ep, self.etp),
+            mesh_dim_names=("dp_replicate", "efsdp", "ep", "etp"),
+        )
+        return Meshes(dense, experts)
 
 
 def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
-    remedy = f"Use {' or '.join(map(str, nearest))}."
+    remedy = f"Use {_words(nearest)}."
     return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
+
+
+def _words(values: list[int]) -> str:
+    return " or ".join(str(value) for value in dict.fromkeys(values))
 
 
 def global_batch_size(config: Training, dp: int) -> int:

@@ -3,15 +3,17 @@
 Sequence parallelism is an argument, not a second plan: with it activations between layers are split
 along the sequence (dim 1 of (B, L, D)), without it every rank has all of them. Between modules
 activations are plain local tensors; inside a gathered module they are DTensors, so that the partial
-gradients of its weights' products are added up once, where the module's input was gathered.
+gradients of its weights' products are added up once, where the module's input was gathered. Inside
+a region (an MoE layer) all is local and partial, so that its parts' outputs are added up once.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -23,19 +25,35 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import Parallelism
+from torchtitan.distributed.local_parameters import use_local_parameters
 from torchtitan.sharding import Style
 
 SEQUENCE_DIM = 1
 
 
 def apply_styles(
-    model: nn.Module, styles: dict[str, Style], mesh: DeviceMesh, sequence_parallel: bool
+    model: nn.Module,
+    styles: dict[str, Style],
+    mesh: DeviceMesh,
+    sequence_parallel: bool,
+    split_regions: bool,
 ) -> None:
-    """Split the modules named in `styles` over a one-dimensional mesh, in place."""
+    """Split the modules named in `styles` over a one-dimensional mesh, in place.
+
+    Experts are not among them, see expert_parallel/apply.py. Without `split_regions` every rank puts
+    its own part of the sequence through whole regions, and only weights' gradients are added up.
+    """
     between = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
-    parallelize_module(
-        model, mesh, {name: _meaning(style, between) for name, style in styles.items()}
-    )
+    if not split_regions:
+        whole = {Style.REGION_COLWISE: Style.LOCAL, Style.REGION_ROWWISE: Style.LOCAL}
+        styles = {name: whole.get(style, style) for name, style in styles.items()}
+        styles = {name: style for name, style in styles.items() if style is not Style.REGION}
+    meanings = {
+        name: _meaning(style, between)
+        for name, style in styles.items()
+        if style is not Style.EXPERTS
+    }
+    parallelize_module(model, mesh, meanings)
 
 
 def loss_layout(tp: int, config: Parallelism) -> AbstractContextManager[None]:
@@ -61,6 +79,14 @@ def _meaning(style: Style, between: Placement) -> ParallelStyle:
             return ColwiseParallel()
         case Style.ROWWISE:
             return RowwiseParallel(output_layouts=between)
+        case Style.LOCAL:
+            return _LocalWeight()
+        case Style.REGION:
+            return _Region(between)
+        case Style.REGION_COLWISE:
+            return _LocalWeight(Shard(0))
+        case Style.REGION_ROWWISE:
+            return _LocalWeight(Shard(1))
         case Style.HEAD:
             return _Head(between)
 
@@ -89,6 +115,34 @@ class _Gather(ParallelStyle):
         return module
 
 
+class _Region(ParallelStyle):
+    """Gathers the input, as a local tensor with a partial gradient; adds up the partial output."""
+
+    def __init__(self, between: Placement):
+        self.between = between
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.register_forward_pre_hook(partial(_enter_region, self.between, device_mesh))
+        module.register_forward_hook(partial(_leave_region, self.between, device_mesh))
+        return module
+
+
+class _LocalWeight(ParallelStyle):
+    """Computes with this rank's part of the weight, or with a whole one whose gradient is summed."""
+
+    def __init__(self, placement: Placement | None = None):
+        self.placement = placement or Replicate()
+        self.of_grad = placement or Partial()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, parameter in parameters.items():
+            spread = distribute_tensor(parameter, device_mesh, [self.placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(spread))
+        use_local_parameters(module, dict.fromkeys(parameters, (self.of_grad,)))
+        return module
+
+
 class _Head(ParallelStyle):
     """Splits the output weight by token id; logits stay split where the loss is parallel."""
 
@@ -108,6 +162,18 @@ class _Head(ParallelStyle):
 def _gather_first(given: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:
     first = DTensor.from_local(inputs[0], mesh, [given], run_check=False)
     return first.redistribute(placements=[Replicate()]), *inputs[1:]
+
+
+def _enter_region(between: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:
+    first, *rest = _gather_first(between, mesh, module, inputs)
+    return first.to_local(grad_placements=[Partial()]), *rest
+
+
+def _leave_region(
+    between: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple, output: torch.Tensor
+) -> torch.Tensor:
+    whole = DTensor.from_local(output, mesh, [Partial()], run_check=False)
+    return whole.redistribute(placements=[between]).to_local()
 
 
 def _gather_head_inputs(given: Placement, mesh: DeviceMesh, module: nn.Module, inputs: tuple):

@@ -37,6 +37,7 @@ class MoE(nn.Module):
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(
             config.num_experts, config.score_before_experts
         )
+        self.load_copies = 1  # ranks that count the same tokens; expert parallelism sets it
         self.load_balance_coeff = config.load_balance_coeff
         load = torch.empty(config.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", load, persistent=False)
@@ -48,7 +49,7 @@ class MoE(nn.Module):
         """Styles of the parts that this layer has."""
         fragment = {
             "": Style.REGION,
-            "router.gate": Style.REGION_WHOLE,
+            "router.gate": Style.LOCAL,
             "experts": Style.EXPERTS,
         }
         if self.shared_experts is not None:

@@ -1,0 +1,60 @@
+"""Spreads the MoE layers of a model: experts over ranks, and the dispatcher that follows."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+
+from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
+from torchtitan.distributed.local_parameters import use_local_parameters
+from torchtitan.distributed.mesh import Degrees, Meshes
+from torchtitan.sharding import EXPERT_HIDDEN_DIM, Style
+
+def apply_expert_parallel(
+    model: nn.Module,
+    styles: dict[str, Style],
+    degrees: Degrees,
+    meshes: Meshes,
+    sequence_parallel: bool,
+) -> None:
+    """Spread experts' weights over ep and etp ranks and set the layers' dispatchers, in place."""
+    mesh, placements = _placements(degrees, meshes)
+    own_tokens = degrees.route_own_tokens(sequence_parallel)
+    for name, style in styles.items():
+        module = model.get_submodule(name)
+        if style is Style.EXPERTS:
+            _distribute(module, mesh, placements)
+        elif style is Style.REGION:
+            module.load_copies = 1 if own_tokens else degrees.tp
+            if degrees.ep > 1:
+                _set_dispatcher(module, degrees, meshes, own_tokens)
+
+
+def _placements(degrees: Degrees, meshes: Meshes) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    if meshes.experts is None:
+        return meshes.dense["tp"], (Shard(EXPERT_HIDDEN_DIM),)
+    if degrees.etp == 1:
+        return meshes.experts["ep"], (Shard(0),)
+    return meshes.experts["ep", "etp"], (Shard(0), Shard(EXPERT_HIDDEN_DIM))
+
+
+def _distribute(experts: nn.Module, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> None:
+    weights = dict(experts.named_parameters(recurse=False))
+    for name, weight in weights.items():
+        weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
+        experts.register_parameter(name, nn.Parameter(weight))
+    use_local_parameters(experts, dict.fromkeys(weights, placements))
+
+
+def _set_dispatcher(
+    layer: nn.Module, degrees: Degrees, meshes: Meshes, own_tokens: bool
+) -> None:
+    # With etp = tp each rank sends all tokens to the ranks that hold its own part of the experts.
+    slices = degrees.tp if degrees.etp == 1 and not own_tokens else 1
+    layer.dispatcher = AllToAllTokenDispatcher(
+        meshes.experts["ep"],
+        layer.dispatcher.num_experts,
+        layer.dispatcher.score_before_experts,
+        sp_size=slices,
+        sp_rank=meshes.dense["tp"].get_local_rank() if slices > 1 else 0,
+    )

@@ -1,0 +1,28 @@
+"""Lets a module compute with plain tensors where its parameters are DTensors."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor.placement_types import Placement
+
+
+def use_local_parameters(
+    module: nn.Module, grad_placements: Mapping[str, Sequence[Placement]]
+) -> None:
+    """Make `module.<name>` give this rank's part of each named parameter, in place.
+
+    grad_placements[name] says what the gradient of that part is: of a whole weight that ranks used
+    for different work it is Partial, and FSDP adds the ranks' gradients up. `named_parameters` and
+    checkpoints see the DTensors as before.
+    """
+    owner = type(module)
+    parts = {name: _local(name, tuple(where)) for name, where in grad_placements.items()}
+    module.__class__ = type(owner.__name__, (owner,), parts)
+
+
+def _local(name: str, grad_placements: tuple[Placement, ...]) -> property:
+    def get(self: nn.Module) -> torch.Tensor:
+        return self._parameters[name].to_local(grad_placements=grad_placements)
+
+    return property(get)
