@@ -27,10 +27,14 @@ class MoEConfig:
     """Scores multiply the experts' input instead of their output."""
     router_bias: bool = False
     """The router's projection has a bias."""
+    router_in_fp32: bool = False
+    """The router's projection is multiplied in fp32, as DeepSeek's is, whatever the layer's dtype."""
     num_expert_groups: int = 1
     """Experts are chosen within the best groups only; DeepSeek-V3's `n_group`."""
     num_limited_groups: int = 1
     """How many groups that is; `topk_group`."""
+    num_scores_per_group: int = 2
+    """A group is as good as the sum of this many best scores: 2 in DeepSeek-V3, 1 in V2."""
 
     load_balance_coeff: float = 0.0
     """Step of the balance bias, which is added to scores for the choice only (arXiv 2408.15664)."""

@@ -1,0 +1,65 @@
+"""The experts of one MoE layer: feed-forward layers that share an operator, not their weights.
+
+R rows sorted by expert, D model, F expert width, E experts, e of them here.
+"""
+
+import torch
+from torch import nn
+
+from torchtitan.models.init import Init, Normal, PerExpert
+from torchtitan.ops.experts import grouped_experts
+
+
+class GroupedExperts(nn.Module):
+    """w2(silu(w1 x) * w3 x) of each row's expert, times the row's score.
+
+    `backend` "auto" multiplies by grouped GEMM where there is one, else expert by expert;
+    "reference" in fixed blocks, so that a row's bits do not depend on how many rows there are.
+    `max_rows_per_chunk` > 0 bounds how many rows of intermediates exist at a time.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        residual_std: float,
+        backend: str = "auto",
+        max_rows_per_chunk: int = 0,
+    ):
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(num_experts, 2, hidden_dim, dim))  # gate, up
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.backend = backend
+        self.max_rows_per_chunk = max_rows_per_chunk
+        self.inits: dict[str, Init] = {
+            "w13": PerExpert(Normal(0.02, cutoff=3)),
+            "w2": PerExpert(Normal(residual_std, cutoff=3)),
+        }
+
+    def forward(
+        self,
+        rows: torch.Tensor,
+        num_tokens_per_expert: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        gathered_from: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """rows (R, D), num_tokens_per_expert (e,) int64, scores (R,) fp32 or None -> (R, D).
+
+        Counts may sum to less than R: the rows after them give zeros and get zero gradients.
+        gathered_from: x (T, D) and index (R,) int64 such that rows = x[index]; kept for backward
+        in place of rows.
+        """
+        source, index = gathered_from or (None, None)
+        y, _ = grouped_experts(
+            rows,
+            self.w13,
+            self.w2,
+            num_tokens_per_expert,
+            scores,
+            source,
+            index,
+            self.backend,
+            self.max_rows_per_chunk,
+        )
+        return y

@@ -1,0 +1,111 @@
+"""Chooses each token's experts.
+
+T tokens, D model, E experts, K top-k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan import routing
+from torchtitan.models.init import Constant, Init, Normal
+from torchtitan.models.moe.config import MoEConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router says of T tokens. Scores and logits are fp32 (fp64 for fp64 tokens)."""
+
+    top_scores: torch.Tensor
+    """(T, K): the weight of each chosen expert."""
+    selected_experts_indices: torch.Tensor
+    """(T, K) int64: the experts, best first."""
+    logits: torch.Tensor
+    """(T, E)"""
+    scores: torch.Tensor
+    """(T, E): of all experts, neither normalised over the chosen nor scaled."""
+
+
+class TokenChoiceTopKRouter(nn.Module):
+    """Each token takes the K experts of the best scores.
+
+    `replay`, ids (T, K) int64, takes the place of the choice; where `record` is a list, every
+    forward appends its ids, recomputations included.
+    """
+
+    def __init__(self, dim: int, config: MoEConfig, init_std: float):
+        super().__init__()
+        candidates = config.num_experts * config.num_limited_groups // config.num_expert_groups
+        assert config.top_k <= candidates, f"top-{config.top_k} of {candidates} experts"
+        self.config = config
+        self.gate = nn.Linear(dim, config.num_experts, bias=config.router_bias)
+        self.replay: torch.Tensor | None = None
+        self.record: list[torch.Tensor] | None = None
+        self.inits: dict[str, Init] = {"gate.weight": Normal(init_std, cutoff=3)}
+        if config.router_bias:
+            self.inits["gate.bias"] = Constant(0.0)
+
+    def forward(self, x: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
+        """x (T, D); correction_bias (E,) fp32 is added to scores for the choice only."""
+        # Everything after `keep` is computed again from the same bits under recomputation.
+        logits = routing.keep(self._logits(x))
+        scores = self._score(logits)
+        if self.replay is not None:
+            ids = self.replay
+        elif self.config.force_load_balance:
+            ids = self._take_turns(logits)
+        else:
+            ids = self._choose(logits if self.config.score_chosen_only else scores, correction_bias)
+        if self.record is not None:
+            self.record.append(ids)
+        return Routing(self._weights(logits, scores, ids), ids, logits, scores)
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.config.router_in_fp32:
+            return _wide(self.gate(x))
+        bias = self.gate.bias
+        return F.linear(_wide(x), _wide(self.gate.weight), None if bias is None else _wide(bias))
+
+    def _score(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.softmax(-1) if self.config.score_func == "softmax" else logits.sigmoid()
+
+    def _choose(self, scores: torch.Tensor, correction_bias: torch.Tensor | None) -> torch.Tensor:
+        scores = scores.detach()
+        if correction_bias is not None:
+            scores = scores + correction_bias
+        if self.config.num_expert_groups > 1:
+            scores = scores.masked_fill(~self._in_best_groups(scores), float("-inf"))
+        return scores.topk(self.config.top_k, dim=-1).indices
+
+    def _in_best_groups(self, scores: torch.Tensor) -> torch.Tensor:
+        """(T, E) bool. A group is as good as its best experts together."""
+        config = self.config
+        groups = scores.unflatten(1, (config.num_expert_groups, -1))
+        quality = groups.topk(config.num_scores_per_group, dim=-1).values.sum(-1)
+        best = quality.topk(config.num_limited_groups, dim=-1).indices
+        chosen = torch.zeros_like(quality, dtype=torch.bool).scatter(1, best, True)
+        return chosen.unsqueeze(-1).expand_as(groups).flatten(1)
+
+    def _take_turns(self, logits: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_experts = logits.shape
+        turns = torch.arange(num_tokens * self.config.top_k, device=logits.device)
+        return (turns % num_experts).view(num_tokens, self.config.top_k)
+
+    def _weights(
+        self, logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor
+    ) -> torch.Tensor:
+        config = self.config
+        if config.score_chosen_only:
+            top_scores = self._score(logits.gather(1, ids))
+        else:
+            top_scores = scores.gather(1, ids)
+        if config.route_norm:
+            # Sigmoid scores can all be zero.
+            top_scores = top_scores / (top_scores.sum(-1, keepdim=True) + 1e-20)
+        return top_scores * config.route_scale
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

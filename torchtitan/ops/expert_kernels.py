@@ -1,0 +1,161 @@
+"""What experts are computed with: products of rows sorted by group, and the passes between them.
+
+R rows, G groups, K and N widths; counts (G,) int64 says how many rows each group has. Their sum may
+be below R: what `rows` gives for the rows after them is undefined, and `weights` leaves them out.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from torchtitan.logging import logger
+from torchtitan.ops.swiglu import swiglu, swiglu_backward
+
+REFERENCE_BLOCK = 16
+"""Rows that the reference multiplies at a time."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of all that experts are made of."""
+
+    rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(a (R, K), b (G, K, N), counts) -> (R, N): each row times its group's matrix."""
+    weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """(a (R, K), b (R, N), counts) -> (G, K, N): a^T b over each group's rows; 0 without rows."""
+    swiglu: Callable = swiglu
+    swiglu_backward: Callable = swiglu_backward
+
+
+def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int) -> Kernels:
+    """The kernels for `backend`, "auto" or "reference", and matrices of these widths.
+
+    "auto" is the grouped GEMM where this device has one for `dtype` and rows are multiples of 16
+    bytes, else a loop over groups, which waits for the counts to arrive on the host.
+    """
+    if backend == "reference":
+        return REFERENCE
+    assert backend == "auto", f"unknown backend {backend!r}"
+    if all(width * dtype.itemsize % 16 == 0 for width in widths) and _has_grouped_mm(dtype, device):
+        return GROUPED_MM
+    if device.type == "cuda":
+        _warn_of_loop(dtype, widths)
+    return LOOP
+
+
+@cache
+def _has_grouped_mm(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a tiny problem runs: documentation of supported types differs from what does."""
+    a, b = (torch.ones(size, dtype=dtype, device=device) for size in [(16, 16), (2, 16, 16)])
+    counts = torch.full((2,), 8, dtype=torch.int64, device=device)
+    try:
+        GROUPED_MM.weights(a, GROUPED_MM.rows(a, b, counts), counts)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@cache
+def _warn_of_loop(dtype: torch.dtype, widths: tuple[int, ...]) -> None:
+    logger.warning(
+        f"Experts of widths {widths} in {dtype} run as a loop over experts, slowly and with a "
+        "device sync: no grouped GEMM takes them (it needs bfloat16 and rows of whole 16 bytes)"
+    )
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return F.grouped_mm(a, b, offs=counts.cumsum(0, dtype=torch.int32))
+
+
+def _grouped_mm_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    # The transpose stays a view: a contiguous copy would put group boundaries off 16 bytes.
+    return _grouped_mm(a.t(), b, counts)
+
+
+def _loop(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    out = a.new_empty(len(a), b.shape[2])
+    for group, rows in _groups(counts):
+        torch.mm(a[rows], b[group], out=out[rows])
+    return out
+
+
+def _loop_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    out = a.new_zeros(len(counts), a.shape[1], b.shape[1])
+    for group, rows in _groups(counts):
+        torch.mm(a[rows].t(), b[rows], out=out[group])
+    return out
+
+
+def _reference(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Fixed blocks, the last one zero-filled: a row's bits do not depend on the number of rows.
+
+    A plain product's do, on CPU too: libraries choose kernels by shape and alignment.
+    """
+    wide = _wide(a.dtype)
+    out = a.new_empty(len(a), b.shape[2])
+    for group, rows in _groups(counts):
+        matrix = b[group].to(wide)
+        for start in range(rows.start, rows.stop, REFERENCE_BLOCK):
+            part = a[start : min(start + REFERENCE_BLOCK, rows.stop)]
+            block = torch.zeros(REFERENCE_BLOCK, a.shape[1], dtype=wide, device=a.device)
+            block[: len(part)] = part
+            out[start : start + len(part)] = (block @ matrix)[: len(part)]
+    return out
+
+
+def _reference_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Row after row: a zero row anywhere among them changes no bit."""
+    wide = _wide(a.dtype)
+    out = torch.zeros(len(counts), a.shape[1], b.shape[1], dtype=wide, device=a.device)
+    for group, rows in _groups(counts):
+        for row in range(rows.start, rows.stop):
+            out[group].addcmul_(a[row].to(wide).unsqueeze(1), b[row].to(wide))
+    return out.to(a.dtype)
+
+
+def _blocks(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, REFERENCE_BLOCK):
+        yield slice(start, min(start + REFERENCE_BLOCK, num_rows))
+
+
+def _groups(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Groups that have rows, and where these are. Waits for the device."""
+    start = 0
+    for group, count in enumerate(counts.tolist()):
+        if count:
+            yield group, slice(start, start + count)
+        start += count
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _reference_swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+    """In blocks too: the last elements of a long vector take another path, of other rounding."""
+    out = z.new_empty(len(z), z.shape[1] // 2)
+    for part in _blocks(len(z)):
+        out[part] = swiglu(z[part], None if scores is None else scores[part])
+    return out
+
+
+def _reference_swiglu_backward(
+    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    act, d_z = torch.empty_like(d_act), torch.empty_like(z)
+    d_scores = None if scores is None else torch.empty_like(scores)
+    for part in _blocks(len(z)):
+        if scores is None:
+            act[part], d_z[part], _ = swiglu_backward(d_act[part], z[part], None)
+        else:
+            of_part = swiglu_backward(d_act[part], z[part], scores[part])
+            act[part], d_z[part], d_scores[part] = of_part
+    return act, d_z, d_scores
+
+
+GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)
+LOOP = Kernels(_loop, _loop_weights)
+REFERENCE = Kernels(_reference, _reference_weights, _reference_swiglu, _reference_swiglu_backward)
