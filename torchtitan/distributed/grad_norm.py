@@ -1,4 +1,4 @@
-"""The global gradient norm: one routine for plain tensors and DTensors on any mesh."""
+"""The global gradient norm and clipping: for plain tensors and DTensors on any meshes."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from torchtitan.distributed.mesh import by_mesh
 
 
 def global_grad_norm(
@@ -31,6 +34,14 @@ def global_grad_norm(
     if world_size > 1:
         dist.all_reduce(totals)
     return totals[0].sqrt(), totals[1]
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor
+) -> None:
+    """Scale all gradients by max_norm / norm where the norm (a scalar tensor) exceeds max_norm."""
+    for part in by_mesh(parameters, key=lambda parameter: parameter):
+        clip_grads_with_norm_(part, max_norm, norm)
 
 
 def _norm(grad: torch.Tensor) -> torch.Tensor:

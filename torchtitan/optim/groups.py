@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.distributed.mesh import by_mesh
 
 
 def parameter_groups(
@@ -17,6 +18,7 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups for a torch optimizer: what decays, then what a `no_decay` pattern exempts.
 
+    Both are divided by mesh: foreach and fused kernels take the DTensors of one mesh at a time.
     Frozen parameters are in no group. Raises ConfigError if a pattern matches no parameter.
     """
     named = list(named_parameters)
@@ -25,10 +27,10 @@ def parameter_groups(
     exempt = [pair for pair in trainable if _matches(pair[0], no_decay)]
     decayed = [pair for pair in trainable if not _matches(pair[0], no_decay)]
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
+        {"params": pairs, "weight_decay": decay}
+        for some, decay in ((decayed, weight_decay), (exempt, 0.0))
+        for pairs in by_mesh(some, key=lambda pair: pair[1])
     ]
-    groups = [group for group in groups if group["params"]]
 
     grouped = [id(param) for group in groups for _, param in group["params"]]
     expected = {id(param) for _, param in trainable}

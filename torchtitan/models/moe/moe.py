@@ -60,11 +60,11 @@ class MoE(nn.Module):
             }
         return fragment
 
-    def fill_buffers(self) -> None:
+    def fill_buffers(self, device: torch.device) -> None:
         """Start without load and without bias, after the model has left the meta device."""
-        self.tokens_per_expert.zero_()
+        self.tokens_per_expert = torch.zeros_like(self.tokens_per_expert, device=device)
         if self.expert_bias is not None:
-            self.expert_bias.zero_()
+            self.expert_bias = torch.zeros_like(self.expert_bias, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> (B, L, D)."""
