@@ -5,30 +5,31 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.attention import sdpa_kernel
-from torch.nn.utils import clip_grads_with_norm_
 
 from torchtitan.build import build_data, build_model
 from torchtitan.checkpoint.manager import CheckpointManager
-from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.batch import Batch
 from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
 from torchtitan.distributed.fsdp import Precision, sync_gradients
-from torchtitan.distributed.grad_norm import global_grad_norm
+from torchtitan.distributed.grad_norm import clip_gradients, global_grad_norm
 from torchtitan.distributed.styles import loss_layout
+from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
 from torchtitan.observability.metrics import MetricsLogger, Workload
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
+from torchtitan.optim.nonfinite import NonFiniteGuard
 from torchtitan.optim.optimizer import (
     build_optimizer,
     describe_optimizer,
@@ -37,11 +38,8 @@ from torchtitan.optim.optimizer import (
 )
 from torchtitan.optim.schedule import describe_schedule, learning_rate
 from torchtitan.preflight import Setup
+from torchtitan.run_record import describe, save_config
 from torchtitan.validation import validate
-
-
-class NonFinite(RuntimeError):
-    """The loss or a gradient is not finite, and the run must not go on."""
 
 
 class Trainer:
@@ -52,13 +50,13 @@ class Trainer:
         self.config = config = _resolved(setup)
         self.step = setup.progress.get("step", 0)
         self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
-        self.num_skipped = 0
+        self.nonfinite = NonFiniteGuard(config.training)
         if config.debug.deterministic:
             _be_deterministic(config.debug.deterministic_warn_only)
 
         self.precision = Precision.resolve(config, device)
-        mesh = setup.degrees.mesh(device.type)
-        self.model = build_model(setup.model_config, mesh, self.precision, config, device)
+        self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
+        self.expert_load = ExpertLoad(self.model, setup.degrees.ep)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
         self.checkpoints = CheckpointManager(
             config.checkpoint, self.dump_folder, self.model, state_by_name(self.optimizer)
@@ -73,7 +71,7 @@ class Trainer:
             self.validation_loader = self._build_loader(config.validation, size)
         self.metrics = self._build_metrics()
         if world.rank == 0:
-            self._save_config()
+            save_config(config)
         self._describe()
 
     def run(self) -> None:
@@ -94,8 +92,7 @@ class Trainer:
                 self._collect_garbage()
                 recorders.step()
                 if self.step == first:
-                    set_timeout(self.config.comm.train_timeout_seconds)
-                    self.watchdog.set_timeout(self.config.comm.train_timeout_seconds)
+                    self._set_timeouts(self.config.comm.train_timeout_seconds)
 
     def _enter_recorders(self, stack: ExitStack) -> StepRecorders:
         """Start what accompanies the loop, and leave it as it was afterwards."""
@@ -125,12 +122,14 @@ class Trainer:
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
-        if self._may_step(loss_value, norm_value):
+        may_step = self.nonfinite.may_step(self.step, loss_value, norm_value)
+        if may_step:
             max_norm = self.config.training.max_norm
-            clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+            clip_gradients(self.model.parameters(), max_norm, norm)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.expert_load.finish_step(may_step)
 
         self.n_tokens_seen += num_tokens
         if self.metrics.should_log(self.step):
@@ -140,6 +139,7 @@ class Trainer:
                 grad_norm=norm_value,
                 lr=lr,
                 n_tokens_seen=self.n_tokens_seen,
+                **self.expert_load.statistics(),
             )
 
     def _forward_backward(self, batch: Batch, num_tokens: int) -> torch.Tensor:
@@ -164,20 +164,6 @@ class Trainer:
             share.backward()
             loss += share.detach()
         return loss
-
-    def _may_step(self, loss: float, norm: float) -> bool:
-        """Whether the optimizer may use this gradient; all ranks see the same values, and agree."""
-        if all(map(torch.isfinite, torch.tensor([loss, norm]))):
-            self.num_skipped = 0
-            return True
-        training = self.config.training
-        what = f"step {self.step}: loss {loss}, gradient norm {norm}"
-        self.num_skipped += 1
-        if training.on_nonfinite == "stop" or self.num_skipped > training.max_skipped_steps:
-            skipped = f" after {self.num_skipped - 1} skipped steps" if self.num_skipped > 1 else ""
-            raise NonFinite(f"{what}{skipped}; weights and checkpoints are those of before")
-        logger.warning(f"{what}; the step is skipped")
-        return False
 
     def _next_batch(self) -> Batch | None:
         """This rank's share of the next global batch; None when no rank has data left."""
@@ -205,9 +191,17 @@ class Trainer:
         if not validation.enable or (self.step != 1 and self.step % validation.freq):
             return
         with self._pause("validation"):
-            loader = self.validation_loader
-            loss, num_tokens = validate(self.model, loader, validation.steps, self.device)
+            batches = self._validation_batches(validation.steps)
+            loss, num_tokens = validate(self.model, batches, self.device)
+            num_tokens //= self.setup.degrees.tp  # those ranks have counted the same tokens
             self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
+
+    def _validation_batches(self, num_batches: int) -> Iterator[Batch]:
+        """This rank's shares of so many batches; of -1, all the data and then empty ones."""
+        self.validation_loader.restart()
+        for batch in islice(self.validation_loader, None if num_batches == -1 else num_batches):
+            self.watchdog.mark(self.step, "validation")
+            yield batch
 
     def _save(self, last: bool) -> None:
         if self.checkpoints.wants_save(self.step, last):
@@ -218,11 +212,15 @@ class Trainer:
     def _pause(self, phase: str) -> Iterator[None]:
         """Around what is not training: it has the longer timeout, and throughput leaves it out."""
         comm = self.config.comm
-        self.watchdog.set_timeout(comm.init_timeout_seconds)
         self.watchdog.mark(self.step, phase)
+        self._set_timeouts(comm.init_timeout_seconds)
         with self.metrics.paused():
             yield
-        self.watchdog.set_timeout(comm.train_timeout_seconds)
+        self._set_timeouts(comm.train_timeout_seconds)
+
+    def _set_timeouts(self, seconds: float) -> None:
+        self.watchdog.set_timeout(seconds)
+        set_timeout(seconds)
 
     def _progress(self) -> dict[str, Any]:
         slots: list[dict[str, Any]] = [{}] * self.world.size
@@ -266,35 +264,12 @@ class Trainer:
             config.metrics, config.job.dump_folder, workload, rank=rank, device=device
         )
 
-    def _save_config(self) -> None:
-        """Write config.toml, from which this very run can be started again."""
-        save_toml(self.config, self.dump_folder / "config.toml")
-        if self.config.job.save_config_file is not None:
-            path = self.dump_folder / self.config.job.save_config_file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(to_json(self.config))
-
     def _describe(self) -> None:
-        """What this run is, in a few lines of its log."""
-        if self.config.job.print_config:
-            logger.info(to_json(self.config))
-        logger.info(self.config.job.description)
-        config, precision = self.config, self.precision
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        degrees = ", ".join(f"{axis} {size}" for axis, size in asdict(self.setup.degrees).items())
-        batch = self.setup.global_batch_size
-        logger.info(
-            f"{config.model.name} {config.model.flavor}: {num_parameters:,} parameters, "
-            f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
-            f"{precision.reduce}"
-        )
-        logger.info(
-            f"{self.world.size} ranks on {self.device.type}: {degrees}; {batch} sequences of "
-            f"{config.training.seq_len} tokens a step; seed {config.debug.seed}"
-        )
-        logger.info(describe_optimizer(self.optimizer))
-        steps = config.training.steps
-        logger.info(describe_schedule(config.optimizer.lr, config.lr_scheduler, steps))
+        config = self.config
+        what = describe(config, self.setup.degrees, self.precision, self.model, self.device)
+        schedule = (config.optimizer.lr, config.lr_scheduler, config.training.steps)
+        for line in (*what, describe_optimizer(self.optimizer), describe_schedule(*schedule)):
+            logger.info(line)
 
 
 def _resolved(setup: Setup) -> JobConfig:

@@ -12,8 +12,9 @@ from torchtitan.data.batch import batch_hash
 from torchtitan.distributed.comm import World
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.observability.watchdog import Watchdog
+from torchtitan.optim.nonfinite import NonFinite
 from torchtitan.preflight import prepare
-from torchtitan.trainer import NonFinite, Trainer
+from torchtitan.trainer import Trainer
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -225,18 +226,54 @@ VALIDATION = {
 }
 
 
-@pytest.mark.parametrize("steps", [-1, 2])
-def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(tmp_path, steps):
+VALIDATED = {
+    "fsdp2": (2, {"validation.local_batch_size": 6}),
+    "fsdp3": (3, {"validation.local_batch_size": 4}),
+    "tp2": (2, {TENSOR: 2}),
+}
+
+
+@pytest.mark.parametrize(("steps", "layouts"), [(-1, ["fsdp3"]), (2, VALIDATED)])
+def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(
+    tmp_path, steps, layouts
+):
     settings = VALIDATION | {"validation.steps": steps, "model.overrides.n_layers": 1}
     expected, _, final, _ = run(tmp_path / "one", **settings)
     losses = {step: r["validation_loss"] for step, r in by_step(tmp_path / "one").items()}
+    num_tokens = validated_tokens(tmp_path / "one")
     assert list(losses) == [1, 3, 6]
-    for name, world_size, more in [("b", 2, {"validation.local_batch_size": 6}), ("c", 3, {"validation.local_batch_size": 4})]:
+    for name in layouts:
+        world_size, more = VALIDATED[name]
         run(tmp_path / name, world_size, **settings | more)
+        assert validated_tokens(tmp_path / name) == num_tokens
         for step, record in by_step(tmp_path / name).items():
-            assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), step
+            assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), (name, step)
     *_, without, _ = run(tmp_path / "without", **{"model.overrides.n_layers": 1})
     assert all(torch.equal(final[key], weight) for key, weight in without.items())
+
+
+def validated_tokens(folder):
+    return [
+        round(r["validation_tokens_per_second"] * r["validation_seconds"])
+        for r in by_step(folder).values()
+    ]
+
+
+def phases(settings):
+    """What the watchdog is told, in order."""
+    trainer = build(settings, Trainer)
+    told = []
+    trainer.watchdog.mark = lambda step, phase: told.append(phase)
+    trainer.run()
+    return told
+
+
+def test_the_watchdog_hears_of_every_validation_batch(tmp_path):
+    """A phase has a timeout, and a long validation is not one phase."""
+    steps = {"training.steps": 1, "validation.steps": 5}
+    settings = COMMON | VALIDATION | steps | {"job.dump_folder": tmp_path}
+    [told] = run_ranks(phases, 1, settings)
+    assert told.count("validation") == 1 + 5
 
 
 def by_step(folder):

@@ -1,0 +1,48 @@
+"""What a run writes down about itself when it starts: its config files, and the head of its log."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchtitan.config.manager import save_toml, to_json
+from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.fsdp import Precision
+from torchtitan.distributed.mesh import Degrees
+
+
+def save_config(config: JobConfig) -> None:
+    """Write config.toml, from which this very run can be started again; JSON where asked for."""
+    dump_folder = Path(config.job.dump_folder)
+    save_toml(config, dump_folder / "config.toml")
+    if config.job.save_config_file is not None:
+        path = dump_folder / config.job.save_config_file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_json(config))
+
+
+def describe(
+    config: JobConfig,
+    degrees: Degrees,
+    precision: Precision,
+    model: nn.Module,
+    device: torch.device,
+) -> Iterator[str]:
+    """What is trained and on what, in a few lines; `config` has its seed and batch size settled."""
+    if config.job.print_config:
+        yield to_json(config)
+    yield config.job.description
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    yield (
+        f"{config.model.name} {config.model.flavor}: {num_parameters:,} parameters, "
+        f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
+        f"{precision.reduce}"
+    )
+    axes = ", ".join(f"{axis} {size}" for axis, size in asdict(degrees).items())
+    training = config.training
+    yield (
+        f"{degrees.dp * degrees.tp} ranks on {device.type}: {axes}; {training.global_batch_size} "
+        f"sequences of {training.seq_len} tokens a step; seed {config.debug.seed}"
+    )
