@@ -65,7 +65,9 @@ def test_an_fsdp_unit_that_is_not_a_module_is_named():
 
 
 def test_every_style_is_used():
-    plan = model_config("llama3", "8B", {}).build
-    with torch.device("meta"):
-        styles = {rule.style for rule in plan().parallel_plan().rules}
+    styles = set()
+    for family, flavor in [("llama3", "8B"), ("deepseek_v3", "16B")]:
+        with torch.device("meta"):
+            plan = model_config(family, flavor, {}).build().parallel_plan()
+        styles |= {rule.style for rule in plan.rules}
     assert styles == set(Style)

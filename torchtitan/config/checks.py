@@ -22,6 +22,7 @@ LEAST = {
     "lr_scheduler.total_steps": 1,
     "lr_scheduler.warmup_steps": 0,
     "metrics.log_freq": 1,
+    "moe.max_rows_per_chunk": 0,
     "optimizer.eps": 0,
     "optimizer.lr": 0,
     "optimizer.weight_decay": 0,

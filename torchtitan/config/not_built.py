@@ -67,7 +67,6 @@ NOT_BUILT = (
             "parallelism.pipeline_parallel_expert_parallel_overlap",
         ),
     ),
-    NotBuilt("mixture of experts", PLANNED, ("debug.moe_force_load_balance",)),
     NotBuilt(
         "quantized training",
         PLANNED,
@@ -97,7 +96,7 @@ NOT_BUILT = (
         "this model family",
         PLANNED,
         ("model.name",),
-        refused=("deepseek_v3", "gpt_oss", "llama4", "mixtral", "qwen3"),
+        refused=("gpt_oss", "llama4", "mixtral"),
     ),
     NotBuilt(
         "this model family",

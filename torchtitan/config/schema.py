@@ -25,7 +25,14 @@ from torchtitan.config.schema_run import (
     Metrics,
     Profiling,
 )
-from torchtitan.config.schema_training import LRScheduler, Model, Optimizer, Training, Validation
+from torchtitan.config.schema_training import (
+    LRScheduler,
+    Model,
+    MoE,
+    Optimizer,
+    Training,
+    Validation,
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,9 @@ class JobConfig:
 
     model: Model = field(default_factory=Model)
     """Which model is trained."""
+
+    moe: MoE = field(default_factory=MoE)
+    """How the experts of mixture-of-experts layers are computed."""
 
     optimizer: Optimizer = field(default_factory=Optimizer)
     """How weights are updated."""

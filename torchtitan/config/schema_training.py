@@ -1,4 +1,4 @@
-"""Which keys say what is trained, on what, and how? Model, data, batch, optimizer, schedule."""
+"""Which keys say what is trained, on what, and how? Model, experts, data, optimizer, schedule."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +28,17 @@ class Model:
 
     print_after_conversion: bool = False
     """Print the module tree after the converters have run."""
+
+
+@dataclass(frozen=True)
+class MoE:
+    """How the experts of mixture-of-experts layers are computed."""
+
+    experts_backend: Literal["auto", "reference"] = "auto"
+    """Ours. What multiplies: the fastest that works, or blocks whose bits no other row changes."""
+
+    max_rows_per_chunk: int = 0
+    """Ours. Rows (a token times an expert) worked on at a time, to save memory; 0 is all."""
 
 
 @dataclass(frozen=True)

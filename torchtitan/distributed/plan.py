@@ -35,12 +35,12 @@ def match(plan: ParallelPlan, model: nn.Module) -> dict[str, Style]:
 def describe(plan: ParallelPlan, model: nn.Module) -> Iterator[str]:
     """The plan as a table, a line a rule and an FSDP unit; layers that are alike share a line."""
     styles = match(plan, model)
-    yield f"{'modules':44} {'style':10} weight"
+    yield f"{'modules':44} {'style':14} weight"
     for rule in plan.rules:
         names = [name for name in styles if _matches(rule.pattern, name)]
-        weight = getattr(model.get_submodule(names[0]), "weight", None)
-        shape = "-" if weight is None else "x".join(map(str, weight.shape))
-        yield f"{rule.pattern:44} {rule.style.value:10} {shape:16} x {len(names)}"
+        weights = model.get_submodule(names[0]).parameters(recurse=False)
+        shapes = " + ".join("x".join(map(str, weight.shape)) for weight in weights) or "-"
+        yield f"{rule.pattern:44} {rule.style.value:14} {shapes:32} x {len(names)}"
     yield ""
     yield "FSDP units, in forward order"
     previous, count = "", 0

@@ -81,11 +81,11 @@ def _meaning(style: Style, between: Placement) -> ParallelStyle:
             return RowwiseParallel(output_layouts=between)
         case Style.LOCAL:
             return _LocalWeight()
-        case Style.REGION:
+        case Style.HEADS | Style.REGION:
             return _Region(between)
-        case Style.REGION_COLWISE:
+        case Style.HEADS_COLWISE | Style.REGION_COLWISE:
             return _LocalWeight(Shard(0))
-        case Style.REGION_ROWWISE:
+        case Style.HEADS_ROWWISE | Style.REGION_ROWWISE:
             return _LocalWeight(Shard(1))
         case Style.HEAD:
             return _Head(between)

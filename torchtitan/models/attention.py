@@ -1,6 +1,6 @@
 """Grouped-query attention, and one interface to the kernels that compute it.
 
-B batch, L sequence, D model, H query heads, G key/value heads, C head_dim.
+B batch, L sequence, D model, H query heads, G key/value heads, C head_dim, V channels of values.
 
 The mask decides the kernel: none means causal over the whole sequence (SDPA); a packed batch brings
 a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean mask for SDPA. All
@@ -100,17 +100,28 @@ def _compiled(function):
     return torch.compile(function)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
-    """Softmax attention of q (B, L, H, C) over k, v (B, L, G, C), as (B, L, H, C)."""
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of q (B, L, H, C) over k (B, L, G, C) and v (B, L, G, V), as (B, L, H, V).
+
+    `scale` multiplies the products of queries and keys; None is C ** -0.5.
+    """
     if isinstance(mask, VarlenMask):
-        return _attend_varlen(q, k, v, mask)
+        return _attend_varlen(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        out = _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        out = _compiled(flex_attention)(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped
+        )
     else:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2)
 
@@ -118,12 +129,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMas
 _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13; not 2.11
 
 
-def _attend_varlen(q, k, v, mask: VarlenMask) -> torch.Tensor:
+def _attend_varlen(q, k, v, mask: VarlenMask, scale: float | None) -> torch.Tensor:
     grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if _VARLEN_TAKES_GQA else {}
     length, offsets = mask.max_length, mask.offsets
     out = varlen_attn(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        offsets, offsets, length, length, window_size=(-1, 0), **grouped,
+        offsets, offsets, length, length, scale=scale, window_size=(-1, 0), **grouped,
     )  # fmt: skip
     return out.view_as(q)
 
@@ -156,7 +167,12 @@ class Attention(nn.Module):
             "wo.weight": Normal(residual_std, cutoff=3),
         }
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, L, H, C), keys and values (B, L, G, C), before rotation."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return q, k, v
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+        q, k, v = self.heads(x)
         out = attend(apply_rope(q, rope), apply_rope(k, rope), v, mask)
         return self.wo(out.flatten(-2))

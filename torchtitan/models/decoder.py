@@ -3,7 +3,7 @@
 B batch, L sequence, D model, V vocabulary, C head_dim.
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,17 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.models.attention import Attention, AttentionMask, Documents
 from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.init import Constant, Init, Normal
+from torchtitan.models.limits import (
+    expert_parallel_faults,
+    length_faults,
+    no_expert_faults,
+    routing_faults,
+    sequence_lengths,
+    tensor_parallel_faults,
+)
 from torchtitan.models.loss import linear_cross_entropy
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.models.moe.moe import MoE
 from torchtitan.models.rope import RoPEScaling, rope_table
 from torchtitan.sharding import ParallelPlan, Rule, Style, under
 
@@ -30,7 +40,11 @@ class DecoderConfig:
     n_heads: int
     n_kv_heads: int
     ffn_dim: int
+    """Hidden width of the feed-forward in dense layers."""
     vocab_size: int
+    moe: MoEConfig | None = None
+    """Experts, in every layer after the first `n_dense_layers`."""
+    n_dense_layers: int = 0
     norm_eps: float = 1e-5
     rope_theta: float = 500_000.0
     rope_scaling: RoPEScaling | None = None
@@ -49,138 +63,144 @@ class DecoderConfig:
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.head_dim
+
+    @property
+    def n_moe_layers(self) -> int:
+        return sum(self.is_moe_layer(layer_id) for layer_id in range(self.n_layers))
+
+    def is_moe_layer(self, layer_id: int) -> bool:
+        """Whether a layer has experts in place of its feed-forward."""
+        return self.moe is not None and layer_id >= self.n_dense_layers
+
     def update_from_config(self, config: JobConfig) -> "DecoderConfig":
         """A copy that knows the run's facts. Raises ConfigError with every fault; changes nothing."""
         faults = [
             *self._shape_faults(),
-            *self._tensor_parallel_faults(config),
-            *self._length_faults(config),
+            *tensor_parallel_faults(
+                config.parallelism.tensor_parallel_degree, self._split_sizes(config)
+            ),
+            *length_faults(config, self.max_seq_len),
         ]
+        if self.n_moe_layers:
+            faults += [*routing_faults(self.moe), *expert_parallel_faults(config, self.moe)]
+        else:
+            faults += no_expert_faults(config)
         if faults:
             raise ConfigError(faults)
-        return replace(self, seq_len=max(_sequence_lengths(config).values()))
+        moe = self.moe and replace(
+            self.moe,
+            force_load_balance=config.debug.moe_force_load_balance,
+            experts_backend=config.moe.experts_backend,
+            max_rows_per_chunk=config.moe.max_rows_per_chunk,
+        )
+        return replace(self, moe=moe, seq_len=max(sequence_lengths(config).values()))
 
-    def _shape_faults(self) -> list[Fault]:
-        faults = []
-        if self.dim % self.n_heads or self.head_dim % 2:
-            faults.append(
-                Fault(
-                    "model.overrides.n_heads",
-                    f"heads must split dim = {self.dim} into equal and even parts.",
-                    value=self.n_heads,
-                )
-            )
+    def _shape_faults(self) -> Iterator[Fault]:
+        """What of the flavor's own fields does not fit together, as overrides may bring about."""
+        yield from self._head_faults()
         if self.n_heads % self.n_kv_heads:
-            faults.append(
-                Fault(
-                    "model.overrides.n_kv_heads",
-                    f"key/value heads must divide the {self.n_heads} query heads.",
-                    value=self.n_kv_heads,
-                )
-            )
+            reason = f"key/value heads must divide the {self.n_heads} query heads."
+            yield Fault("model.overrides.n_kv_heads", reason, value=self.n_kv_heads)
         if self.attn_mask_type == "causal" and self.attn_type != "sdpa":
-            faults.append(
-                Fault(
-                    "model.overrides.attn_type",
-                    "flex and varlen attention compute the block_causal mask only.",
-                    "Set model.overrides.attn_mask_type = 'block_causal'.",
-                    value=self.attn_type,
-                )
+            yield Fault(
+                "model.overrides.attn_type",
+                "flex and varlen attention compute the block_causal mask only.",
+                "Set model.overrides.attn_mask_type = 'block_causal'.",
+                value=self.attn_type,
             )
-        return faults
 
-    def _tensor_parallel_faults(self, config: JobConfig) -> list[Fault]:
-        tp = config.parallelism.tensor_parallel_degree
-        sizes = {"heads": self.n_heads, "key/value heads": self.n_kv_heads, "FFN width": self.ffn_dim}
-        uneven = [f"{size} ({name})" for name, size in sizes.items() if size % tp]
-        if not uneven:
-            return []
-        common = math.gcd(*sizes.values())
-        legal = [degree for degree in range(1, common + 1) if common % degree == 0]
-        nearest = sorted(sorted(legal, key=lambda degree: abs(degree - tp))[:2])
-        return [
-            Fault(
-                "parallelism.tensor_parallel_degree",
-                f"does not divide {' and '.join(uneven)} of the model.",
-                f"Use {' or '.join(map(str, nearest))}.",
-                value=tp,
-            )
-        ]
+    def _head_faults(self) -> Iterator[Fault]:
+        if self.dim % self.n_heads or self.head_dim % 2:
+            reason = f"heads must split dim = {self.dim} into equal and even parts."
+            yield Fault("model.overrides.n_heads", reason, value=self.n_heads)
 
-    def _length_faults(self, config: JobConfig) -> list[Fault]:
-        parallelism = config.parallelism
-        tp = parallelism.tensor_parallel_degree if parallelism.enable_sequence_parallel else 1
-        faults = []
-        for key, length in _sequence_lengths(config).items():
-            if length > self.max_seq_len:
-                reason = f"is beyond the model's limit of {self.max_seq_len} positions."
-                remedy = f"Use at most {self.max_seq_len}, or raise model.overrides.max_seq_len."
-                faults.append(Fault(key, reason, remedy, length))
-            if length % tp:
-                below = length // tp * tp
-                reason = (
-                    f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits "
-                    f"every sequence evenly over {tp} ranks."
-                )
-                remedy = (
-                    f"Use {f'{below} or ' if below else ''}{below + tp}, or set "
-                    "parallelism.enable_sequence_parallel = false."
-                )
-                faults.append(Fault(key, reason, remedy, length))
-        return faults
+    def _split_sizes(self, config: JobConfig) -> dict[str, int]:
+        """What tensor parallelism splits, by name."""
+        sizes = {"heads": self.n_heads, "key/value heads": self.n_kv_heads}
+        if self.n_moe_layers < self.n_layers:
+            sizes["FFN width"] = self.ffn_dim
+        if self.n_moe_layers:
+            shared = self.moe.num_shared_experts
+            sizes |= {"shared experts' width": shared * self.moe.ffn_dim} if shared else {}
+            if config.parallelism.expert_parallel_degree == 1:
+                sizes["experts' width"] = self.moe.ffn_dim
+        return sizes
 
     def shrunk(self, tp: int) -> "DecoderConfig":
-        """A small model of the same kind for trying a layout with `tp` tensor-parallel ranks."""
+        """A small model of the same kind for trying a layout with `tp` tensor-parallel ranks.
+
+        Its experts can be spread over 2, 4 or 8 ranks.
+        """
         kv_heads = tp
         heads = kv_heads * min(self.n_heads // self.n_kv_heads, 4)
         dim = 8 * heads
+        moe = self.moe and replace(
+            self.moe,
+            num_experts=max(8, 2 * self.moe.num_expert_groups),
+            top_k=min(self.moe.top_k, 4),
+            ffn_dim=dim,
+        )
         return replace(
             self,
             n_layers=min(self.n_layers, 3),
+            n_dense_layers=min(self.n_dense_layers, 1),
             dim=dim,
             n_heads=heads,
             n_kv_heads=kv_heads,
             ffn_dim=2 * dim,
             vocab_size=min(self.vocab_size, 256),
+            moe=moe,
         )
 
     def flops_per_token(self, seq_len: int) -> tuple[float, float]:
         """Forward and backward FLOPs a token, attention counted (in full, by its causal half).
 
-        Matrix products cost 2 FLOPs a weight forward and 4 backward; attention's two products cost
-        4 * C * L a head forward (every token against the whole sequence). Recomputation is not
-        counted, nor are norms, activations and the embedding's look-up.
+        Matrix products cost 2 FLOPs a weight forward and 4 backward, of the weights that a token
+        meets: of the experts, the K it goes to. Attention's two products cost 2 * L a channel forward
+        (every token against the whole sequence). Recomputation is not counted, nor are norms,
+        activations and the embedding's look-up.
         """
-        kv_dim = self.n_kv_heads * self.head_dim
-        attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
-        layer = attention + 3 * self.dim * self.ffn_dim
-        weights = self.n_layers * layer + self.dim * self.vocab_size
-        scores = 12.0 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        weights, channels = self._attention_costs()
+        dense = 3 * self.dim * self.ffn_dim
+        weights = self.n_layers * weights + (self.n_layers - self.n_moe_layers) * dense
+        if self.n_moe_layers:
+            experts = self.moe.top_k + self.moe.num_shared_experts
+            router = self.dim * self.moe.num_experts
+            weights += self.n_moe_layers * (router + 3 * self.dim * self.moe.ffn_dim * experts)
+        weights += self.dim * self.vocab_size
+        scores = 6.0 * self.n_layers * channels * seq_len
         return 6.0 * weights + scores, 6.0 * weights + scores / 2
+
+    def _attention_costs(self) -> tuple[int, int]:
+        """A layer's attention weights, and the channels that its two products run over."""
+        width = self.n_heads * self.head_dim
+        return 2 * self.dim * (width + self.n_kv_heads * self.head_dim), 2 * width
+
+    def build_attention(self, residual_std: float) -> nn.Module:
+        """A layer's attention: forward(x, rope, mask) on (B, L, D), with a `fragment`."""
+        return Attention(self.dim, self.n_heads, self.n_kv_heads, self.head_dim, residual_std)
 
     def build(self) -> "Decoder":
         """The model; build it under `torch.device("meta")` and fill it afterwards."""
         return Decoder(self)
 
 
-def _sequence_lengths(config: JobConfig) -> dict[str, int]:
-    lengths = {"training.seq_len": config.training.seq_len}
-    if config.validation.enable:
-        lengths["validation.seq_len"] = config.validation.seq_len
-    return lengths
-
-
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward or experts, each behind a norm and added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, layer_id: int):
         super().__init__()
         # Later layers add less, so that the residual stream's variance stays bounded with depth.
         residual_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
-        self.attention = Attention(
-            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, residual_std
-        )
-        self.feed_forward = FeedForward(config.dim, config.ffn_dim, residual_std)
+        self.attention = config.build_attention(residual_std)
+        if config.is_moe_layer(layer_id):
+            self.moe, self.feed_forward = MoE(config.dim, config.moe, residual_std), None
+        else:
+            self.moe, self.feed_forward = None, FeedForward(config.dim, config.ffn_dim, residual_std)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.inits: dict[str, Init] = {
@@ -189,17 +209,19 @@ class TransformerBlock(nn.Module):
         }
 
     def parallel_rules(self, prefix: str) -> tuple[Rule, ...]:
-        """The rules of the blocks at `prefix`."""
+        """The rules of blocks like this one at `prefix`."""
+        name = "feed_forward" if self.moe is None else "moe"
         return (
             Rule(f"{prefix}.attention_norm", Style.SEQUENCE),
             *under(f"{prefix}.attention", self.attention.fragment),
             Rule(f"{prefix}.ffn_norm", Style.SEQUENCE),
-            *under(f"{prefix}.feed_forward", self.feed_forward.fragment),
+            *under(f"{prefix}.{name}", getattr(self, name).fragment),
         )
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rope, mask)
-        return x + self.feed_forward(self.ffn_norm(x))
+        feed_forward = self.feed_forward if self.moe is None else self.moe
+        return x + feed_forward(self.ffn_norm(x))
 
 
 class OutputHead(nn.Module):
@@ -234,7 +256,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = OutputHead(config.dim, config.vocab_size, config.enable_weight_tying)
-        table = torch.empty(config.seq_len, 2, config.head_dim // 2)
+        table = torch.empty(config.seq_len, 2, config.rope_dim // 2)
         self.register_buffer("rope", table, persistent=False)
         tied = config.enable_weight_tying
         self.inits: dict[str, Init] = {
@@ -245,17 +267,23 @@ class Decoder(nn.Module):
     def fill_buffers(self, device: torch.device) -> None:
         """Compute the buffers, after the model has left the meta device."""
         c = self.config
-        self.rope = rope_table(c.head_dim, c.rope_theta, c.rope_scaling, c.seq_len, device)
+        self.rope = rope_table(c.rope_dim, c.rope_theta, c.rope_scaling, c.seq_len, device)
+        for layer in self.layers.values():
+            if layer.moe is not None:
+                layer.moe.fill_buffers(device)
 
     def parallel_plan(self) -> ParallelPlan:
         """How this model may be spread; see torchtitan/sharding.py.
 
         A tied weight is used at both ends, so it stays with the FSDP root, which is gathered throughout.
         """
-        block = next(iter(self.layers.values()))
+        # Each rule once: layers of one kind have the same, dense and MoE layers share some.
+        blocks = dict.fromkeys(
+            rule for block in self.layers.values() for rule in block.parallel_rules("layers.*")
+        )
         rules = (
             Rule("tok_embeddings", Style.EMBEDDING),
-            *block.parallel_rules("layers.*"),
+            *blocks,
             Rule("norm", Style.SEQUENCE),
             Rule("output", Style.HEAD),
         )

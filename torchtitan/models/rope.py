@@ -1,7 +1,7 @@
-"""Rotary position embedding (arXiv 2104.09864) with Llama 3's frequency scaling.
+"""Rotary position embedding (arXiv 2104.09864), and two ways to stretch it to longer sequences.
 
-B batch, L sequence, H heads, C head_dim. A head's channels are rotated in pairs (c, c + C/2), the
-layout of Hugging Face checkpoints.
+B batch, L sequence, H heads, C rotated channels of a head. Channels are rotated in pairs (c, c + C/2),
+as most Hugging Face checkpoints have them; `halves_from_pairs` brings pairs (c, c + 1) there.
 """
 
 import math
@@ -19,28 +19,83 @@ class RoPEScaling:
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def kept(self, frequencies: torch.Tensor, theta: float) -> torch.Tensor:
+        """How much of each frequency stays, 1 for short wavelengths to 0 for long ones, (C/2,)."""
+        turns = self.original_max_seq_len * frequencies / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return kept.clamp(0.0, 1.0)
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RoPEScaling | None) -> torch.Tensor:
+    @property
+    def magnitude(self) -> float:
+        """Factor on rotated channels."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class YaRNScaling:
+    """YaRN (arXiv 2309.00071), with DeepSeek's names for its fields."""
+
+    factor: float
+    original_max_seq_len: int
+    beta_fast: float = 32.0
+    """Channels that turn more often than this over the original length stay as they are."""
+    beta_slow: float = 1.0
+    """Those that turn less often are stretched by the whole factor."""
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+    def kept(self, frequencies: torch.Tensor, theta: float) -> torch.Tensor:
+        """How much of each frequency stays, 1 for short wavelengths to 0 for long ones, (C/2,)."""
+        pairs = len(frequencies)
+        # The ramp is linear in the channel's index, between whole indices.
+        first = max(math.floor(self._pair_that_turns(self.beta_fast, pairs, theta)), 0)
+        last = min(math.ceil(self._pair_that_turns(self.beta_slow, pairs, theta)), 2 * pairs - 1)
+        index = torch.arange(pairs, dtype=torch.float64, device=frequencies.device)
+        return 1.0 - ((index - first) / max(last - first, 1e-3)).clamp(0.0, 1.0)
+
+    def _pair_that_turns(self, times: float, pairs: int, theta: float) -> float:
+        """Index of the pair that turns so often over the original length; not a whole number."""
+        wavelength = self.original_max_seq_len / (2 * math.pi * times)
+        return pairs * math.log(wavelength) / math.log(theta)
+
+    @property
+    def magnitude(self) -> float:
+        """Factor on rotated channels."""
+        return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on attention's scores: longer contexts need a sharper softmax."""
+        return self._magnitude(self.mscale_all_dim) ** 2
+
+    def _magnitude(self, weight: float) -> float:
+        return 1.0 + 0.1 * weight * math.log(self.factor) if self.factor > 1 else 1.0
+
+
+Scaling = RoPEScaling | YaRNScaling
+
+
+def rope_frequencies(channels: int, theta: float, scaling: Scaling | None) -> torch.Tensor:
     """Radians a position for each channel pair, float64, (C/2,)."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device="cpu") / channels
     frequencies = theta**-exponents
     if scaling is None:
         return frequencies
-    # Wavelengths shorter than the high-frequency bound stay, those longer than the low-frequency
-    # bound are stretched by the factor, and in between the two are blended linearly in frequency.
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0.0, 1.0)
+    # Short wavelengths stay, long ones are stretched by the factor, and in between the two are
+    # blended linearly in frequency.
+    kept = scaling.kept(frequencies, theta)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def rope_table(
-    head_dim: int, theta: float, scaling: RoPEScaling | None, length: int, device: torch.device
+    channels: int, theta: float, scaling: Scaling | None, length: int, device: torch.device
 ) -> torch.Tensor:
     """Cosines and sines of positions 0 to length - 1, fp32, (length, 2, C/2)."""
-    frequencies = rope_frequencies(head_dim, theta, scaling)
+    frequencies = rope_frequencies(channels, theta, scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float64, device="cpu"), frequencies)
-    return torch.stack([angles.cos(), angles.sin()], dim=1).to(device, torch.float32)
+    table = torch.stack([angles.cos(), angles.sin()], dim=1)
+    magnitude = scaling.magnitude if scaling is not None else 1.0
+    return (table * magnitude).to(device, torch.float32)
 
 
 def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -49,3 +104,12 @@ def apply_rope(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return rotated.to(x.dtype)
+
+
+def halves_from_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Channels of x (..., C) in the order 0, 2, 4, ..., 1, 3, 5, ...
+
+    Rotating the result by halves rotates the pairs (c, c + 1) of x. Scores of queries and keys that
+    both went through this are those of rotation by pairs.
+    """
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

@@ -29,6 +29,8 @@ SECTIONS = list(dict.fromkeys(sections()))
 def test_upstreams_149_keys_and_ours():
     ours = {
         "model.overrides",
+        "moe.experts_backend",
+        "moe.max_rows_per_chunk",
         "optimizer.no_decay",
         "parallelism.enable_sequence_parallel",
         "training.max_skipped_steps",

@@ -1,0 +1,148 @@
+"""DeepSeek-V3 (arXiv 2412.19437) and V2: latent attention, and experts after the first layers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from torchtitan.config.faults import Fault
+from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.mla import LatentAttention, LatentConfig
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.models.rope import YaRNScaling
+
+
+@dataclass(frozen=True)
+class DeepSeekV3Config(DecoderConfig):
+    """A decoder with latent attention."""
+
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: YaRNScaling = YaRNScaling(
+        factor=40.0, original_max_seq_len=4096, mscale=1.0, mscale_all_dim=1.0
+    )
+    max_seq_len: int = 163840
+    latent: LatentConfig = LatentConfig()
+
+    @property
+    def rope_dim(self) -> int:
+        return self.latent.qk_rope_head_dim
+
+    def _shape_faults(self) -> Iterator[Fault]:
+        yield from super()._shape_faults()
+        if self.attn_type == "varlen":
+            reason = "the varlen kernel takes keys and values of one width; latent attention has two."
+            yield Fault("model.overrides.attn_type", reason, "Use 'flex' or 'sdpa'.", "varlen")
+
+    def _head_faults(self) -> Iterator[Fault]:
+        if self.n_kv_heads != self.n_heads:
+            reason = f"latent attention has as many key/value heads as query heads, {self.n_heads}."
+            yield Fault("model.overrides.n_kv_heads", reason, value=self.n_kv_heads)
+        if self.rope_dim % 2:
+            reason = "channels are rotated in pairs."
+            yield Fault("model.overrides.latent.qk_rope_head_dim", reason, value=self.rope_dim)
+
+    def shrunk(self, tp: int) -> "DeepSeekV3Config":
+        latent = LatentConfig(
+            q_lora_rank=16 if self.latent.q_lora_rank else 0,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=8,
+        )
+        return replace(super().shrunk(tp), latent=latent)
+
+    def _attention_costs(self) -> tuple[int, int]:
+        channels = self.n_heads * (self.latent.qk_head_dim + self.latent.v_head_dim)
+        return self.latent.weights(self.dim, self.n_heads), channels
+
+    def build_attention(self, residual_std: float) -> nn.Module:
+        return LatentAttention(
+            self.dim,
+            self.n_heads,
+            self.latent,
+            self.rope_scaling.score_factor,
+            self.norm_eps,
+            residual_std,
+        )
+
+
+# Step of the balance bias: DeepSeek-V3's, section 4.2; V2 balanced by auxiliary losses.
+_V2_experts = MoEConfig(
+    num_experts=64,
+    top_k=6,
+    ffn_dim=1408,
+    num_shared_experts=2,
+    router_in_fp32=True,
+    num_scores_per_group=1,
+    load_balance_coeff=0.001,
+)
+_V2_positions = YaRNScaling(
+    factor=40.0, original_max_seq_len=4096, mscale=0.707, mscale_all_dim=0.707
+)
+_debugmodel = DeepSeekV3Config(
+    dim=256,
+    n_layers=6,
+    n_heads=16,
+    n_kv_heads=16,
+    ffn_dim=1024,
+    vocab_size=2048,
+    rope_scaling=_V2_positions,
+    n_dense_layers=1,
+    moe=replace(_V2_experts, num_experts=8, top_k=3, ffn_dim=256),
+)
+
+# Sizes from the config.json files of DeepSeek-V2-Lite, DeepSeek-V2 and DeepSeek-V3.
+FLAVORS: dict[str, DeepSeekV3Config] = {
+    "debugmodel": _debugmodel,
+    "debugmodel_flex_attn": replace(_debugmodel, attn_type="flex", attn_mask_type="block_causal"),
+    "16B": replace(
+        _debugmodel,
+        dim=2048,
+        n_layers=27,
+        ffn_dim=10944,
+        vocab_size=102400,
+        moe=_V2_experts,
+    ),
+    "236B": replace(
+        _debugmodel,
+        dim=5120,
+        n_layers=60,
+        n_heads=128,
+        n_kv_heads=128,
+        ffn_dim=12288,
+        vocab_size=102400,
+        latent=LatentConfig(q_lora_rank=1536),
+        moe=replace(
+            _V2_experts,
+            num_experts=160,
+            ffn_dim=1536,
+            route_scale=16.0,
+            num_expert_groups=8,
+            num_limited_groups=3,
+        ),
+    ),
+    "671B": DeepSeekV3Config(
+        dim=7168,
+        n_layers=61,
+        n_heads=128,
+        n_kv_heads=128,
+        ffn_dim=18432,
+        vocab_size=129280,
+        n_dense_layers=3,
+        latent=LatentConfig(q_lora_rank=1536),
+        moe=MoEConfig(
+            num_experts=256,
+            top_k=8,
+            ffn_dim=2048,
+            num_shared_experts=1,
+            score_func="sigmoid",
+            route_norm=True,
+            route_scale=2.5,
+            router_in_fp32=True,
+            num_expert_groups=8,
+            num_limited_groups=4,
+            load_balance_coeff=0.001,
+        ),
+    ),
+}

@@ -1,0 +1,108 @@
+"""Can a layout split a model of these sizes? Faults that name the nearest sizes that work."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+
+from torchtitan.config.faults import Fault
+from torchtitan.config.schema import JobConfig
+from torchtitan.models.moe.config import MoEConfig
+
+
+def tensor_parallel_faults(tp: int, sizes: Mapping[str, int]) -> Iterator[Fault]:
+    """`sizes`, by what they are, must all divide by the degree."""
+    uneven = [f"{size} ({name})" for name, size in sizes.items() if size % tp]
+    if uneven:
+        yield Fault(
+            "parallelism.tensor_parallel_degree",
+            f"does not divide {' and '.join(uneven)} of the model.",
+            _use_divisors(math.gcd(*sizes.values()), tp),
+            value=tp,
+        )
+
+
+def length_faults(config: JobConfig, max_seq_len: int) -> Iterator[Fault]:
+    """Sequences fit the model's positions, and sequence parallelism splits them evenly."""
+    parallelism = config.parallelism
+    tp = parallelism.tensor_parallel_degree if parallelism.enable_sequence_parallel else 1
+    for key, length in sequence_lengths(config).items():
+        if length > max_seq_len:
+            reason = f"is beyond the model's limit of {max_seq_len} positions."
+            remedy = f"Use at most {max_seq_len}, or raise model.overrides.max_seq_len."
+            yield Fault(key, reason, remedy, length)
+        if length % tp:
+            below = length // tp * tp
+            reason = (
+                f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits "
+                f"every sequence evenly over {tp} ranks."
+            )
+            remedy = (
+                f"Use {f'{below} or ' if below else ''}{below + tp}, or set "
+                "parallelism.enable_sequence_parallel = false."
+            )
+            yield Fault(key, reason, remedy, length)
+
+
+def sequence_lengths(config: JobConfig) -> dict[str, int]:
+    """The lengths that a run uses, by the keys that set them."""
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    return lengths
+
+
+def routing_faults(moe: MoEConfig) -> Iterator[Fault]:
+    """The experts' own numbers fit together."""
+    prefix = "model.overrides.moe"
+    if moe.num_experts % moe.num_expert_groups:
+        remedy = _use_divisors(moe.num_experts, moe.num_expert_groups)
+        reason = f"does not divide the {moe.num_experts} experts."
+        yield Fault(f"{prefix}.num_expert_groups", reason, remedy, moe.num_expert_groups)
+        return
+    if not 1 <= moe.num_limited_groups <= moe.num_expert_groups:
+        reason = f"there are {moe.num_expert_groups} groups."
+        remedy = f"Use 1 to {moe.num_expert_groups}."
+        yield Fault(f"{prefix}.num_limited_groups", reason, remedy, moe.num_limited_groups)
+        return
+    size = moe.num_experts // moe.num_expert_groups
+    if moe.num_expert_groups > 1 and size < moe.num_scores_per_group:
+        reason = f"a group has {size} experts."
+        remedy = f"Use 1 to {size}."
+        yield Fault(f"{prefix}.num_scores_per_group", reason, remedy, moe.num_scores_per_group)
+    choice = size * moe.num_limited_groups
+    if not 1 <= moe.top_k <= choice:
+        reason = f"a token chooses among {choice} experts."
+        yield Fault(f"{prefix}.top_k", reason, f"Use 1 to {choice}.", moe.top_k)
+
+
+def expert_parallel_faults(config: JobConfig, moe: MoEConfig) -> Iterator[Fault]:
+    """Ranks get whole experts, or even parts of them."""
+    parallelism = config.parallelism
+    ep, etp = parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree
+    if moe.num_experts % ep:
+        reason = f"does not divide the {moe.num_experts} experts of a layer."
+        remedy = _use_divisors(moe.num_experts, ep)
+        yield Fault("parallelism.expert_parallel_degree", reason, remedy, ep)
+    if ep > 1 and moe.ffn_dim % etp:  # with ep = 1 the tensor-parallel degree splits experts
+        reason = f"does not divide the experts' width of {moe.ffn_dim}."
+        yield Fault("parallelism.expert_tensor_parallel_degree", reason, "Use 1.", etp)
+
+
+def no_expert_faults(config: JobConfig) -> Iterator[Fault]:
+    """What only experts can do is not asked of a model without them."""
+    asked = {
+        "parallelism.expert_parallel_degree": (config.parallelism.expert_parallel_degree, 1),
+        "debug.moe_force_load_balance": (config.debug.moe_force_load_balance, False),
+        "moe.experts_backend": (config.moe.experts_backend, "auto"),
+        "moe.max_rows_per_chunk": (config.moe.max_rows_per_chunk, 0),
+    }
+    for key, (value, without) in asked.items():
+        if value != without:
+            yield Fault(key, "the model has no experts.", f"Use {json.dumps(without)}.", value)
+
+
+def _use_divisors(number: int, wanted: int) -> str:
+    """The two divisors of a number that come nearest to the one asked for."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    nearest = sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])
+    return f"Use {' or '.join(map(str, nearest))}."

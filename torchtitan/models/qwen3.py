@@ -1,0 +1,101 @@
+"""Qwen3 (arXiv 2505.09388), dense and MoE: normalised queries and keys, heads of a fixed width."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from torchtitan.config.faults import Fault
+from torchtitan.models.attention import Attention
+from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.init import Constant
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.sharding import Fragment, Style
+
+
+@dataclass(frozen=True)
+class Qwen3Config(DecoderConfig):
+    """A decoder whose heads need not split `dim`."""
+
+    norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_seq_len: int = 40960
+    head_dim: int = 128
+
+    def _head_faults(self) -> Iterator[Fault]:
+        if self.head_dim % 2:
+            reason = "channels are rotated in pairs."
+            yield Fault("model.overrides.head_dim", reason, value=self.head_dim)
+
+    def shrunk(self, tp: int) -> "Qwen3Config":
+        return replace(super().shrunk(tp), head_dim=8)
+
+    def build_attention(self, residual_std: float) -> nn.Module:
+        return NormedAttention(
+            self.dim, self.n_heads, self.n_kv_heads, self.head_dim, residual_std, self.norm_eps
+        )
+
+
+class NormedAttention(Attention):
+    """Attention whose queries and keys are normalised, each head by itself."""
+
+    fragment: Fragment = {**Attention.fragment, "q_norm": Style.LOCAL, "k_norm": Style.LOCAL}
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        residual_std: float,
+        norm_eps: float,
+    ):
+        super().__init__(dim, n_heads, n_kv_heads, head_dim, residual_std)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps)
+        self.inits |= {"q_norm.weight": Constant(1.0), "k_norm.weight": Constant(1.0)}
+
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = super().heads(x)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+_debugmodel = Qwen3Config(
+    dim=256,
+    n_layers=8,
+    n_heads=16,
+    n_kv_heads=8,
+    ffn_dim=768,
+    vocab_size=2048,
+    enable_weight_tying=True,
+)
+# Sizes from the models' config.json files; up to 4B the embedding is the output weight too.
+_0_6B = Qwen3Config(
+    dim=1024,
+    n_layers=28,
+    n_heads=16,
+    n_kv_heads=8,
+    ffn_dim=3072,
+    vocab_size=151936,
+    enable_weight_tying=True,
+)
+_8B = replace(_0_6B, dim=4096, n_layers=36, n_heads=32, ffn_dim=12288, enable_weight_tying=False)
+_moe = MoEConfig(num_experts=128, top_k=8, ffn_dim=768, route_norm=True)
+
+FLAVORS: dict[str, DecoderConfig] = {
+    "debugmodel": _debugmodel,
+    "0.6B": _0_6B,
+    "1.7B": replace(_0_6B, dim=2048, ffn_dim=6144),
+    "4B": replace(_0_6B, dim=2560, n_layers=36, n_heads=32, ffn_dim=9728),
+    "8B": _8B,
+    "14B": replace(_8B, dim=5120, n_layers=40, n_heads=40, ffn_dim=17408),
+    "32B": replace(_8B, dim=5120, n_layers=64, n_heads=64, ffn_dim=25600),
+    "debugmodel_moe": replace(
+        _debugmodel, moe=replace(_moe, num_experts=64, ffn_dim=64), enable_weight_tying=False
+    ),
+    "30B-A3B": replace(_8B, dim=2048, n_layers=48, n_kv_heads=4, ffn_dim=6144, moe=_moe),
+    "235B-A22B": replace(
+        _8B, n_layers=94, n_heads=64, n_kv_heads=4, moe=replace(_moe, ffn_dim=1536)
+    ),
+}
