@@ -15,7 +15,7 @@ from torchtitan.logging import logger
 from torchtitan.ops.swiglu import swiglu, swiglu_backward
 
 REFERENCE_BLOCK = 16
-"""Rows that the reference multiplies at a time."""
+"""Rows, and multiples of columns, that the reference multiplies at a time."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,17 @@ def _loop_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> tor
 
 
 def _reference(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Fixed blocks, the last one zero-filled: a row's bits do not depend on the number of rows.
+    """Fixed blocks, zero-filled: a row's bits depend on no other row, nor on how many there are.
 
     A plain product's do, on CPU too: libraries choose kernels by shape and alignment.
     """
     wide = _wide(a.dtype)
     out = a.new_empty(len(a), b.shape[2])
     for group, rows in _groups(counts):
-        matrix = b[group].to(wide)
-        for start in range(rows.start, rows.stop, REFERENCE_BLOCK):
-            part = a[start : min(start + REFERENCE_BLOCK, rows.stop)]
-            block = torch.zeros(REFERENCE_BLOCK, a.shape[1], dtype=wide, device=a.device)
-            block[: len(part)] = part
-            out[start : start + len(part)] = (block @ matrix)[: len(part)]
+        matrix = _fill_blocks(b[group].to(wide))
+        for part in _blocks(rows.start, rows.stop):
+            product = _fill_blocks(a[part].to(wide)) @ matrix
+            out[part] = product[: part.stop - part.start, : out.shape[1]]
     return out
 
 
@@ -116,9 +114,15 @@ def _reference_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -
     return out.to(a.dtype)
 
 
-def _blocks(num_rows: int) -> Iterator[slice]:
-    for start in range(0, num_rows, REFERENCE_BLOCK):
-        yield slice(start, min(start + REFERENCE_BLOCK, num_rows))
+def _blocks(start: int, stop: int) -> Iterator[slice]:
+    for first in range(start, stop, REFERENCE_BLOCK):
+        yield slice(first, min(first + REFERENCE_BLOCK, stop))
+
+
+def _fill_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros below and to the right, up to whole blocks."""
+    height, width = matrix.shape
+    return F.pad(matrix, (0, -width % REFERENCE_BLOCK, 0, -height % REFERENCE_BLOCK))
 
 
 def _groups(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -137,7 +141,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _reference_swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
     """In blocks too: the last elements of a long vector take another path, of other rounding."""
     out = z.new_empty(len(z), z.shape[1] // 2)
-    for part in _blocks(len(z)):
+    for part in _blocks(0, len(z)):
         out[part] = swiglu(z[part], None if scores is None else scores[part])
     return out
 
@@ -147,7 +151,7 @@ def _reference_swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     act, d_z = torch.empty_like(d_act), torch.empty_like(z)
     d_scores = None if scores is None else torch.empty_like(scores)
-    for part in _blocks(len(z)):
+    for part in _blocks(0, len(z)):
         if scores is None:
             act[part], d_z[part], _ = swiglu_backward(d_act[part], z[part], None)
         else:

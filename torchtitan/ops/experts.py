@@ -26,7 +26,7 @@ def grouped_experts(
     backend: str,
     max_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """(silu(rows w1^T) * (rows w3^T) * scores) w2^T of each row's expert: y (R, D), and z (R, 2F).
+    """(silu(gate) * up * scores) w2^T with z = (gate, up) = rows w13^T of each row's expert: y (R, D), z.
 
     rows (R, D); w13 (e, 2, F, D), gate before up; w2 (e, D, F); counts (e,) int64, whose sum may be
     below R: the rows after it give 0. scores (R,) fp32 or None for 1. rows = source[tokens] where

@@ -1,0 +1,294 @@
+"""Grouped experts against each row by itself in fp64, and what else their operator promises.
+
+R rows, D model, F expert width, e experts.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchtitan.models.moe.experts import GroupedExperts
+from torchtitan.ops import expert_kernels
+from torchtitan.ops.experts import grouped_experts, grouped_experts_backward
+
+COUNTS = {
+    "uneven": [3, 0, 5, 1],
+    "more than a block": [17, 33, 0, 16],
+    "all to one": [0, 7, 0, 0],
+    "one row": [0, 0, 0, 1],
+    "none": [0, 0, 0, 0],
+}
+KERNELS = {
+    "grouped_mm": ("auto", torch.float32, 16, 24),
+    "grouped_mm in bf16": ("auto", torch.bfloat16, 16, 24),
+    "loop": ("auto", torch.float64, 16, 24),
+    "loop, odd widths": ("auto", torch.float32, 10, 7),
+    "reference": ("reference", torch.float32, 10, 7),
+    "reference in bf16": ("reference", torch.bfloat16, 16, 24),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is full of NaN: whatever reads a row that nothing wrote, shows it."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def build(backend="auto", dtype=torch.float32, dim=16, hidden=24, max_rows=0, num_experts=4):
+    experts = GroupedExperts(dim, hidden, num_experts, 0.02, backend, max_rows)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) / 2
+    return experts
+
+
+def inputs(counts, dtype=torch.float32, dim=16, unused=0, seed=1):
+    """Leaves rows (R, D) and scores (R,); the `unused` rows after the counts' sum are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    used = sum(counts)
+    rows = torch.full((used + unused, dim), float("nan"), dtype=dtype)
+    rows[:used] = torch.randn(used, dim, generator=generator)
+    scores = torch.rand(used + unused, generator=generator, dtype=torch.float64)
+    scores = scores if dtype == torch.float64 else scores.float()
+    return rows.requires_grad_(), torch.tensor(counts), scores.requires_grad_()
+
+
+def one_by_one(w13, w2, rows, counts, scores):
+    """Each row by itself, in fp64 under autograd."""
+    out, start = torch.zeros_like(rows), 0
+    for expert, count in enumerate(counts.tolist()):
+        for row in range(start, start + count):
+            gate, up = w13[expert] @ rows[row]
+            out[row] = w2[expert] @ (F.silu(gate) * up) * (1 if scores is None else scores[row])
+        start += count
+    return out
+
+
+def run(forward, leaves, upstream):
+    """The output and the gradients of `leaves`, all in fp64."""
+    out = forward(*leaves)
+    gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+    return [tensor.double() for tensor in (out.detach(), *gradients)]
+
+
+def reference(experts, rows, counts, scores, upstream):
+    """`run` of the plain formulas, over the rows that belong to an expert and zeros after them."""
+    used = sum(counts.tolist())
+    leaves = [experts.w13, experts.w2, rows, *([] if scores is None else [scores])]
+    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+    def forward(w13, w2, rows, scores=None):
+        out = F.pad(
+            one_by_one(w13, w2, rows[:used], counts, scores), (0, 0, 0, len(rows) - used)
+        )
+        return out + 0 * sum(leaf.sum() for leaf in leaves)  # all take part, though there be no row
+
+    return run(forward, leaves, upstream)
+
+
+def assert_close(actual, expected, tolerance):
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.shape == theirs.shape and mine.isfinite().all()
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("unused", [0, 5])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+def test_outputs_and_gradients_equal_each_row_by_itself(kernels, counts, unused, weighted):
+    backend, dtype, dim, hidden = kernels
+    experts = build(backend, dtype, dim, hidden)
+    rows, counts, scores = inputs(counts, dtype, dim, unused)
+    scores = scores if weighted else None
+    upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    upstream[len(rows) - unused :] = float("nan")
+    leaves = [experts.w13, experts.w2, rows, *([scores] if weighted else [])]
+    actual = run(lambda w13, w2, rows, scores=None: experts(rows, counts, scores), leaves, upstream)
+    clean = rows.detach().nan_to_num(0)
+    expected = reference(experts, clean, counts, scores, upstream.nan_to_num(0))
+    assert_close(actual, expected, TOLERANCE[dtype])
+    for tensor in (actual[0], actual[3], *actual[4:]):
+        assert (tensor[len(rows) - unused :] == 0).all()
+    assert (actual[1][counts == 0] == 0).all() and (actual[2][counts == 0] == 0).all()
+
+
+def test_kernels_are_chosen_by_type_and_width():
+    cpu = torch.device("cpu")
+    assert expert_kernels.choose("auto", torch.float32, cpu, 16, 24) is expert_kernels.GROUPED_MM
+    assert expert_kernels.choose("auto", torch.bfloat16, cpu, 16, 24) is expert_kernels.GROUPED_MM
+    assert expert_kernels.choose("auto", torch.bfloat16, cpu, 16, 20) is expert_kernels.LOOP
+    assert expert_kernels.choose("auto", torch.float64, cpu, 16, 24) is expert_kernels.LOOP
+    assert expert_kernels.choose("reference", torch.float32, cpu, 16) is expert_kernels.REFERENCE
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("max_rows", [1, 4, 16, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_change_nothing(dtype, max_rows, gathered):
+    x, _, _ = inputs([6], dtype)
+    index = torch.arange(17) % 6
+    rows, counts, scores = inputs([3, 0, 9, 1], dtype, unused=4)
+    rows = x[index] if gathered else rows
+    upstream = torch.randn(rows.shape, dtype=dtype)
+
+    def with_chunks_of(size):
+        experts = build("auto", dtype, max_rows=size)
+        source = (x, index) if gathered else None
+        return run(
+            lambda w13, w2, rows, scores: experts(rows, counts, scores, source),
+            [experts.w13, experts.w2, rows, scores],
+            upstream,
+        )
+
+    assert_close(with_chunks_of(max_rows), with_chunks_of(0), TOLERANCE[dtype] / 10)
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple | list) else [out]
+        self.seen |= {tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)}
+        return out
+
+
+def test_chunks_bound_the_rows_of_intermediates():
+    experts = build()
+    rows, counts, scores = (tensor.detach() for tensor in inputs([30, 0, 9, 1]))
+    weights = (experts.w13.detach(), experts.w2.detach())
+    with Shapes() as shapes:
+        _, z = grouped_experts._init_fn(rows, *weights, counts, scores, None, None, "auto", 8)
+        grouped_experts_backward._init_fn(rows, z, rows, None, *weights, counts, scores, "auto", 8)
+    heights = {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] in (24, 48)}
+    assert max(heights) == 8
+
+
+@pytest.mark.parametrize("dim, hidden", [(32, 64), (10, 7), (256, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_reference_has_the_same_bits_in_any_company(dtype, dim, hidden):
+    experts = build("reference", dtype, dim, hidden, num_experts=2)
+    rows, counts, scores = inputs([40, 3], dtype, dim)
+    d_y = torch.randn_like(rows)
+    weights = (experts.w13, experts.w2)
+
+    def outputs(part, counts):
+        leaves = [rows[part].detach().requires_grad_(), scores[part].detach().requires_grad_()]
+        out = experts(leaves[0], counts, leaves[1])
+        return out, *torch.autograd.grad(out, leaves, d_y[part])
+
+    together = outputs(slice(0, 43), counts)
+    for start, stop in [(0, 1), (0, 16), (0, 17), (3, 40), (15, 31), (39, 40)]:
+        alone = outputs(slice(start, stop), torch.tensor([stop - start, 0]))
+        for mine, theirs in zip(alone, together, strict=True):
+            assert torch.equal(mine, theirs[start:stop])
+    assert all(torch.equal(a, b) for a, b in zip(weights, (experts.w13, experts.w2)))
+
+
+def test_a_zero_row_changes_no_bit_of_the_references_weight_gradients():
+    experts = build("reference")
+    rows, _, scores = inputs([20])
+    rows, scores = rows.detach(), scores.detach()
+    at = torch.tensor([0, 5, 6, 20])  # where rows of zeros are put among the others
+
+    def gradients(rows, scores):
+        out = experts(rows, torch.tensor([0, len(rows), 0, 0]), scores)
+        return torch.autograd.grad(out.square().sum(), [experts.w13, experts.w2])
+
+    padded_rows, padded_scores = rows, scores
+    for i in at.flip(0).tolist():
+        padded_rows = torch.cat([padded_rows[:i], torch.zeros(1, 16), padded_rows[i:]])
+        padded_scores = torch.cat([padded_scores[:i], torch.zeros(1), padded_scores[i:]])
+    for plain, padded in zip(gradients(rows, scores), gradients(padded_rows, padded_scores)):
+        assert torch.equal(plain, padded)
+
+
+@pytest.mark.parametrize("max_rows", [0, 3])
+def test_grouped_mm_never_waits_for_the_device(max_rows, monkeypatch):
+    experts = build(max_rows=max_rows)
+    rows, counts, scores = inputs([3, 0, 5, 1], unused=2)
+
+    def refuse(*args):
+        raise AssertionError("a value was read on the host")
+
+    for reader in ["tolist", "item", "cpu", "__bool__", "__int__", "__index__", "__float__"]:
+        monkeypatch.setattr(torch.Tensor, reader, refuse)
+    out = experts(rows, counts, scores)
+    torch.autograd.backward(out, torch.ones_like(out))
+
+
+def saved_bytes(forward, *without):
+    """Bytes of distinct storages that backward keeps, besides those of the tensors `without`."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()  # keeps the graph, and thus the storages, alive until they are counted
+    for tensor in without:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("max_rows, z", [(0, 9 * 48 * 4), (4, 0)])
+def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
+    experts = build(max_rows=max_rows)
+    rows, counts, scores = inputs([3, 0, 5, 1])
+    x, tokens = torch.randn(3, 16), torch.arange(9) % 3
+    weights = (experts.w13, experts.w2)
+    small = scores.nbytes + counts.nbytes + z
+    saved = saved_bytes(lambda: experts(rows, counts, scores), *weights)
+    assert saved == rows.nbytes + small
+    rows = x[tokens].requires_grad_()
+    saved = saved_bytes(lambda: experts(rows, counts, scores, (x, tokens)), *weights)
+    assert saved == x.nbytes + tokens.nbytes + small
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("max_rows", [0, 4])
+@pytest.mark.parametrize("gathered", [True, False])
+def test_the_operator_is_well_formed(gathered, max_rows, weighted):
+    experts = build(max_rows=max_rows)
+    rows, counts, scores = inputs([3, 0, 5, 1])
+    source = (torch.randn(4, 16), torch.arange(9) % 4) if gathered else (None, None)
+    rows = source[0][source[1]].requires_grad_() if gathered else rows
+    arguments = (rows, experts.w13, experts.w2, counts, scores if weighted else None, *source)
+    torch.library.opcheck(grouped_experts, (*arguments, "auto", max_rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_compile_takes_any_dtype_whole(dtype):
+    experts = build(dtype=dtype)
+    rows, counts, scores = inputs([3, 0, 5, 1], dtype, unused=2)
+    leaves = [experts.w13, experts.w2, rows, scores]
+    upstream = torch.randn(rows.shape, dtype=dtype)
+
+    def forward(w13, w2, rows, scores):
+        return experts(rows * 2, counts, scores.sin())
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    eager = [tensor[:9] for tensor in run(forward, leaves, upstream)]
+    for mine, theirs in zip(run(compiled, leaves, upstream), eager, strict=True):
+        assert torch.equal(mine[:9], theirs)
+
+
+def test_operations_are_counted():
+    experts = build(max_rows=0)
+    rows, counts, scores = inputs([3, 0, 5, 1])
+    with FlopCounterMode(display=False) as counter:
+        experts(rows, counts, scores).sum().backward()
+    assert counter.get_total_flops() == 3 * 6 * 9 * 16 * 24
