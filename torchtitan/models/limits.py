@@ -60,19 +60,19 @@ def routing_faults(moe: MoEConfig) -> Iterator[Fault]:
         yield Fault(f"{prefix}.num_expert_groups", reason, remedy, moe.num_expert_groups)
         return
     if not 1 <= moe.num_limited_groups <= moe.num_expert_groups:
-        reason = f"there are {moe.num_expert_groups} groups."
-        remedy = f"Use 1 to {moe.num_expert_groups}."
+        reason = f"must be between 1 and the number of groups, {moe.num_expert_groups}."
+        remedy = _use_up_to(moe.num_expert_groups)
         yield Fault(f"{prefix}.num_limited_groups", reason, remedy, moe.num_limited_groups)
         return
     size = moe.num_experts // moe.num_expert_groups
     if moe.num_expert_groups > 1 and size < moe.num_scores_per_group:
-        reason = f"a group has {size} experts."
-        remedy = f"Use 1 to {size}."
+        reason = f"must be between 1 and the experts of a group, {size}."
+        remedy = _use_up_to(size)
         yield Fault(f"{prefix}.num_scores_per_group", reason, remedy, moe.num_scores_per_group)
     choice = size * moe.num_limited_groups
     if not 1 <= moe.top_k <= choice:
-        reason = f"a token chooses among {choice} experts."
-        yield Fault(f"{prefix}.top_k", reason, f"Use 1 to {choice}.", moe.top_k)
+        reason = f"must be between 1 and the experts a token chooses among, {choice}."
+        yield Fault(f"{prefix}.top_k", reason, _use_up_to(choice), moe.top_k)
 
 
 def expert_parallel_faults(config: JobConfig, moe: MoEConfig) -> Iterator[Fault]:
@@ -99,6 +99,10 @@ def no_expert_faults(config: JobConfig) -> Iterator[Fault]:
     for key, (value, without) in asked.items():
         if value != without:
             yield Fault(key, "the model has no experts.", f"Use {json.dumps(without)}.", value)
+
+
+def _use_up_to(most: int) -> str:
+    return f"Use 1 to {most}." if most > 1 else "Use 1."
 
 
 def _use_divisors(number: int, wanted: int) -> str:

@@ -4,55 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.unit_tests.models.helpers import CPU, assert_equals_transformers, build
 from torchtitan.data.batch import IGNORE_INDEX
-from torchtitan.models.init import draw, parameter_inits
+from torchtitan.models.init import parameter_inits
 from torchtitan.models.llama3 import FLAVORS
-
-CPU = torch.device("cpu")
-
-
-def build(config, seed=0):
-    with torch.device("meta"):
-        model = config.build()
-    model.to_empty(device=CPU)
-    inits = parameter_inits(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(draw(name, parameter.shape, torch.arange(len(parameter)), inits[name], seed, CPU))
-    model.fill_buffers(CPU)
-    return model
-
 
 def tiny(**changes):
     base = replace(FLAVORS["debugmodel"], dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64)
     return replace(base, vocab_size=64, seq_len=16, **changes)
-
-
-HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "layers": "model.layers",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def hf_name(name):
-    for ours, theirs in HF_NAMES.items():
-        if name.startswith(f"{ours}.") or f".{ours}." in name:
-            name = name.replace(ours, theirs, 1)
-    return name
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -81,20 +42,7 @@ def test_logits_and_gradients_equal_transformers(tied):
             },
         )
     )
-    theirs = dict(reference.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            theirs[hf_name(name)].copy_(parameter)
-    tokens = torch.randint(64, (2, 17))
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    torch.testing.assert_close(model(inputs), reference(inputs).logits, rtol=1e-4, atol=1e-5)
-
-    model(inputs, labels).backward()
-    logits = reference(inputs).logits.flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
-    for name, parameter in model.named_parameters():
-        expected = theirs[hf_name(name)].grad
-        assert (parameter.grad - expected).norm() < 1e-5 * expected.norm(), name
+    assert_equals_transformers(model, reference, vocab_size=64)
 
 
 def test_ignored_labels_count_nothing():
@@ -132,20 +80,6 @@ def test_another_documents_tokens_leave_the_bits_alone():
     assert torch.equal(
         model(first, documents=documents)[:, 6:], model(second, documents=documents)[:, 6:]
     )
-
-
-@pytest.mark.parametrize("flavor", FLAVORS)
-def test_flops_equal_pytorchs_count(flavor):
-    config = replace(FLAVORS[flavor], n_layers=1, seq_len=128, attn_type="sdpa")
-    config = replace(config, attn_mask_type="causal")
-    with torch.device("meta"):
-        model = config.build()
-        tokens = torch.zeros(1, 128, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(tokens, tokens).backward()
-    full, causal = config.flops_per_token(128)
-    assert counter.get_total_flops() / 128 == pytest.approx(full, rel=0.01)
-    assert full - causal == pytest.approx(6 * config.n_heads * config.head_dim * 128)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""What the tests of model families share: a model with weights, and parity with transformers."""
+
+import torch
+
+from torchtitan.models.init import draw, parameter_inits
+
+CPU = torch.device("cpu")
+
+
+def build(config, seed=0):
+    """The config's model on the CPU with its initial weights."""
+    with torch.device("meta"):
+        model = config.build()
+    model.to_empty(device=CPU)
+    inits = parameter_inits(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            rows = torch.arange(len(parameter))
+            parameter.copy_(draw(name, parameter.shape, rows, inits[name], seed, CPU))
+    model.fill_buffers(CPU)
+    return model
+
+
+HF_NAMES = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "layers": "model.layers",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "moe.router.gate": "mlp.gate",
+    "moe.experts.w13": "mlp.experts.gate_up_proj",
+    "moe.experts.w2": "mlp.experts.down_proj",
+    "moe.shared_experts.w1": "mlp.shared_experts.gate_proj",
+    "moe.shared_experts.w2": "mlp.shared_experts.down_proj",
+    "moe.shared_experts.w3": "mlp.shared_experts.up_proj",
+}
+
+
+def hf_name(name, others):
+    """transformers' name of a parameter of ours; `others` are a family's own, tried first."""
+    parts = {**HF_NAMES, **others}
+    module, _, weight = name.rpartition(".")
+    layer, _, inside = module.removeprefix("layers.").partition(".")
+    if not name.startswith("layers."):
+        return f"{parts[module]}.{weight}"
+    whole = parts.get(f"{inside}.{weight}") or f"{parts[inside]}.{weight}"
+    return f"model.layers.{layer}.{whole}"
+
+
+def assert_equals_transformers(model, reference, vocab_size, others=None, tolerance=1e-5):
+    """Same weights, same tokens: same logits, and the same gradient of every parameter."""
+    theirs = dict(reference.named_parameters())
+    ours = {hf_name(name, others or {}): value for name, value in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            theirs[name].copy_(parameter.view_as(theirs[name]))
+    tokens = torch.randint(vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    logits = reference(inputs).logits
+    assert relative_error(model(inputs), logits) < tolerance
+
+    model(inputs, labels).backward()
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum"
+    )
+    loss.backward()
+    errors = {
+        name: relative_error(parameter.grad, theirs[name].grad.view_as(parameter))
+        for name, parameter in ours.items()
+    }
+    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+
+
+def relative_error(value, expected):
+    return ((value - expected).norm() / expected.norm()).item()
