@@ -4,15 +4,68 @@ T tokens, K top-k, E experts, N = T * K routed rows, D model. Everything is dete
 backward: sums are gathers in a fixed order, never atomic additions.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
 
+class Decisions:
+    """What one forward decided about routing, for its recomputation to repeat."""
+
+    def __init__(self, keep_rows: bool):
+        self.keep_rows = keep_rows
+        self.results: list[tuple[torch.Tensor, ...]] = []
+        self.repeated: Iterator[tuple[torch.Tensor, ...]] | None = None
+
+
+_DECISIONS: ContextVar[Decisions | None] = ContextVar("decisions", default=None)
+
+
+def decide_once(keep_rows: bool = False) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a checkpointed forward and of its recomputation (`checkpoint`'s context_fn).
+
+    In the second, router logits, row counts and load are not computed again but repeated; with
+    `keep_rows` so are received rows, which take more memory and save an exchange.
+    """
+    decisions = Decisions(keep_rows)
+    return _decide(decisions, repeat=False), _decide(decisions, repeat=True)
+
+
+@contextmanager
+def _decide(decisions: Decisions, repeat: bool) -> Iterator[None]:
+    decisions.repeated = iter(decisions.results) if repeat else None
+    token = _DECISIONS.set(decisions)
+    try:
+        yield
+    finally:
+        _DECISIONS.reset(token)
+
+
+def once(
+    compute: Callable[[], tuple[torch.Tensor, ...]], rows: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """compute(), or in a recomputation what it returned before. For use inside of operators.
+
+    `rows` says that these are received rows.
+    """
+    decisions = _DECISIONS.get()
+    if decisions is None or (rows and not decisions.keep_rows):
+        return compute()
+    if decisions.repeated is not None:
+        return tuple(tensor.detach() for tensor in next(decisions.repeated))
+    results = compute()
+    decisions.results.append(tuple(tensor.detach() for tensor in results))
+    return results
+
+
 @torch.library.custom_op("torchtitan::keep", mutates_args=())
 def keep(logits: torch.Tensor) -> torch.Tensor:
-    """The same values; activation checkpointing saves them, so that a recomputation routes alike."""
-    return logits.clone()
+    """The same values, and the same again in a recomputation, so that it routes alike."""
+    (kept,) = once(lambda: (logits.clone(),))
+    return kept
 
 
 @keep.register_fake
@@ -25,12 +78,17 @@ keep.register_autograd(lambda ctx, grad: grad)
 
 @torch.library.custom_op("torchtitan::record_load", mutates_args=("load",))
 def record_load(load: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-    """Add to `load` (E,) int64 how often expert_ids (T, K) names each expert; returns a placeholder.
+    """Add to `load` (E,) int64 how often expert_ids (T, K) names each expert, not in a recomputation.
 
-    Activation checkpointing saves what it returns, so that a recomputation does not count again.
+    Returns nothing of use: activation checkpointing by operation needs a result to save.
     """
-    load += count_tokens(expert_ids, len(load))
-    return load.new_empty(0)
+
+    def count() -> tuple[torch.Tensor]:
+        load.add_(count_tokens(expert_ids, len(load)))
+        return (load.new_empty(0),)
+
+    (nothing,) = once(count)
+    return nothing
 
 
 @record_load.register_fake

@@ -125,10 +125,16 @@ def test_gradients_equal_one_process(reference, name):
 
 
 def assert_equals_one_process(reference, layout):
-    """Weights bit-equal, gradients, loss and norm equal; layout is (ranks, config, microbatches)."""
-    model_config, (weights, grads, loss, norm) = reference
+    """layout is (ranks, config, microbatches)."""
+    model_config, expected = reference
     world_size, config, microbatches = layout
     ranks = run_ranks(gradients, world_size, model_config, config, microbatches, timeout=180)
+    assert_equal_on_all_ranks(expected, ranks)
+
+
+def assert_equal_on_all_ranks(expected, ranks):
+    """Weights bit-equal, gradients, loss and norm equal to those of one process."""
+    weights, grads, loss, norm = expected
     for their_weights, their_grads, their_loss, their_norm in ranks:
         assert their_norm == ranks[0][3]  # the same bits on every rank
         assert their_norm == pytest.approx(norm, rel=1e-6)

@@ -9,6 +9,7 @@ fails where a recomputed block holds DTensors ("expected ... Tensors, got ... De
 import functools
 import types
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from torchtitan import routing  # noqa: F401 (defines operators)
 from torchtitan.config.schema import ActivationCheckpoint
-from torchtitan.distributed.expert_parallel import exchange  # noqa: F401
+from torchtitan.routing import decide_once
 
 _ATTENTION = {
     getattr(torch.ops.aten, name).default
@@ -34,21 +34,33 @@ _ATTENTION = {
 } | {torch._higher_order_ops.flex_attention}
 
 
-_ONCE = {
-    getattr(torch.ops.torchtitan, name).default
-    for name in ("keep", "record_load", "exchange_counts")
+_ROUTING = {
+    torch.ops.torchtitan.keep.default,
+    torch.ops.torchtitan.record_load.default,
 }
-"""Routing is decided, counted and announced once: every recomputation gets the same results."""
-_SAVED_BY_OP = _ATTENTION | _ONCE | {torch.ops.torchtitan.exchange_rows.default}
+"""Routing is decided and counted once: a recomputation gets the same results."""
 
 
-def checkpoint_by_op(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
-    """With mode selective, option "op": keep what is slow to recompute. Before compilation."""
-    if config.mode == "selective" and config.selective_ac_option == "op":
-        shapes = _recomputed_shapes(blocks, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
-        context_fn = functools.partial(_save_by_op, shapes)
-        for block in blocks.values():
-            _checkpoint(block, _options(config) | {"context_fn": context_fn})
+def checkpoint_by_op(
+    model: nn.Module, exchanging: Sequence[str], config: ActivationCheckpoint
+) -> None:
+    """With mode selective, option "op": keep what is slow to recompute. Before compilation.
+
+    In the blocks of `exchanging` (names of MoE layers that send rows to other ranks) attention and
+    the routed part are checkpointed by themselves: a policy by operation must see the same
+    operations again, and experts' FSDP hooks do others in a recomputation.
+    """
+    if config.mode != "selective" or config.selective_ac_option != "op":
+        return
+    options = _options(config)
+    shapes = _recomputed_shapes(model.layers, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+    by_op = options | {"context_fn": functools.partial(_save_by_op, shapes)}
+    keep_rows = options | {"context_fn": functools.partial(decide_once, keep_rows=True)}
+    for name, block in model.layers.items():
+        layers = [layer for layer in exchanging if layer.startswith(f"layers.{name}.")]
+        _checkpoint(block.attention if layers else block, "forward", by_op)
+        for layer in layers:
+            _checkpoint(model.get_submodule(layer), "routed", keep_rows)
 
 
 def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
@@ -58,9 +70,9 @@ def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> No
         every = 1
     elif config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
-    context_fn = functools.partial(create_selective_checkpoint_contexts, _save_routing)
+    options = _options(config) | {"context_fn": decide_once}
     for block in list(blocks.values())[::every] if every else ():
-        _checkpoint(block, _options(config) | {"context_fn": context_fn})
+        _checkpoint(block, "forward", options)
 
 
 def set_memory_budget(config: ActivationCheckpoint) -> None:
@@ -81,32 +93,26 @@ def _options(config: ActivationCheckpoint) -> dict[str, Any]:
     }
 
 
-def _checkpoint(block: nn.Module, options: dict[str, Any]) -> None:
-    block.checkpoint_options = options
-    block.unchecked_forward = block.forward
-    block.forward = types.MethodType(_checkpointed_forward, block)
+def _checkpoint(module: nn.Module, method: str, options: dict[str, Any]) -> None:
+    module.checkpoint_options = options
+    module.unchecked = getattr(module, method)
+    setattr(module, method, types.MethodType(_checkpointed, module))
 
 
-def _checkpointed_forward(self: nn.Module, *args):
+def _checkpointed(self: nn.Module, *args):
     # One function for all blocks, bound as a method: compiled blocks share their graph.
-    return checkpoint(
-        self.unchecked_forward, *args, use_reentrant=False, **self.checkpoint_options
-    )
-
-
-def _save_routing(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _ONCE else CheckpointPolicy.PREFER_RECOMPUTE
+    return checkpoint(self.unchecked, *args, use_reentrant=False, **self.checkpoint_options)
 
 
 def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
-    """Keep attention's outputs, received rows and every second matrix product; recompute the rest.
+    """Keep attention's outputs, routing and every second matrix product; recompute the rest.
 
     Products with a weight of one of `recomputed_shapes`, (in, out), are always recomputed.
     """
     num_products: dict[bool, int] = defaultdict(int)
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        if op in _SAVED_BY_OP:
+        if op in _ATTENTION | _ROUTING:
             return CheckpointPolicy.MUST_SAVE
         if op is torch.ops.aten.mm.default and args[1].shape not in recomputed_shapes:
             num_products[ctx.is_recompute] += 1

@@ -32,8 +32,8 @@ def parallelize(
     if degrees.tp > 1 or degrees.ep > 1:
         apply_expert_parallel(model, styles, degrees, meshes, sequence_parallel)
     set_memory_budget(config.activation_checkpoint)
-    checkpoint_by_op(model.layers, config.activation_checkpoint)
     exchanging = _named(styles, Style.REGION) if degrees.ep > 1 else []
+    checkpoint_by_op(model, exchanging, config.activation_checkpoint)
     apply_compile(model, exchanging, config.compile)
     checkpoint_blocks(model.layers, config.activation_checkpoint)
     reshard = config.parallelism.fsdp_reshard_after_forward

@@ -23,6 +23,10 @@ def use_local_parameters(
 
 def _local(name: str, grad_placements: tuple[Placement, ...]) -> property:
     def get(self: nn.Module) -> torch.Tensor:
-        return self._parameters[name].to_local(grad_placements=grad_placements)
+        parameter = self._parameters[name]
+        # What FSDP has sharded, outside of forward, is on more mesh axes; it looks at that itself.
+        if len(parameter.placements) > len(grad_placements):
+            return parameter
+        return parameter.to_local(grad_placements=grad_placements)
 
     return property(get)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from torchtitan.routing import RowOrder, sum_rows
+from torchtitan.routing import RowOrder, once, sum_rows
 
 _GROUPS: dict[str, dist.ProcessGroup] = {}
 _SCORE_BYTES = 16
@@ -32,10 +32,14 @@ def exchange_counts(
     Returns (num_ranks, e) int64, rows that each rank has for each local expert; and on the host
     (2, num_ranks) int64, rows sent to and received from each rank.
     """
-    sent = counts.view(num_ranks, -1)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=_GROUPS[group])
-    return received, torch.stack([sent.sum(1), received.sum(1)]).cpu()
+
+    def exchange() -> tuple[torch.Tensor, torch.Tensor]:
+        sent = counts.view(num_ranks, -1)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=_GROUPS[group])
+        return received, torch.stack([sent.sum(1), received.sum(1)]).cpu()
+
+    return once(exchange)
 
 
 @exchange_counts.register_fake
@@ -49,8 +53,13 @@ def exchange_rows(
     rows: torch.Tensor, num_sent: list[int], num_received: list[int], group: str
 ) -> torch.Tensor:
     """rows (N, D), the first num_sent[0] of them for rank 0 and so on, to (R, D) by sending rank."""
-    received = rows.new_empty(sum(num_received), rows.shape[1])
-    dist.all_to_all_single(received, rows, num_received, num_sent, group=_GROUPS[group])
+
+    def exchange() -> tuple[torch.Tensor]:
+        received = rows.new_empty(sum(num_received), rows.shape[1])
+        dist.all_to_all_single(received, rows, num_received, num_sent, group=_GROUPS[group])
+        return (received,)
+
+    (received,) = once(exchange, rows=True)
     return received
 
 
