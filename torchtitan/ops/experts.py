@@ -26,11 +26,11 @@ def grouped_experts(
     backend: str,
     max_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """(silu(gate) * up * scores) w2^T with z = (gate, up) = rows w13^T of each row's expert: y (R, D), z.
+    """y = (silu(gate) * up * scores) w2^T (R, D), and z = (gate, up) = rows w13^T (R, 2F).
 
     rows (R, D); w13 (e, 2, F, D), gate before up; w2 (e, D, F); counts (e,) int64, whose sum may be
-    below R: the rows after it give 0. scores (R,) fp32 or None for 1. rows = source[tokens] where
-    those are given, and backward keeps them in place of rows. At most max_rows > 0 rows of
+    below R: after it, y is 0 and z undefined. scores (R,) fp32 or None for 1. rows = source[tokens]
+    where those are given, and backward keeps them in place of rows. At most max_rows > 0 rows of
     intermediates exist at a time; z is then empty and computed again in backward.
     """
     kernels = _kernels(backend, w13)
