@@ -120,7 +120,8 @@ def sync_gradients(model: nn.Module, last_microbatch: bool, each_microbatch: boo
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last_microbatch or each_microbatch)
         model.set_requires_all_reduce(last_microbatch)
-        model.set_is_last_backward(last_microbatch)
+        # Not set_is_last_backward: FSDP would keep its prefetching order from one microbatch to the
+        # next, and gather the last unit once more at the end of each backward but the first.
 
 
 def fill_parameters(
