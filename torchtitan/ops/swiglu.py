@@ -17,7 +17,7 @@ def swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
 def swiglu_backward(
     d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """From the gradient d_act (R, F) of `swiglu`'s result: that result again, d_z and d_scores (R,)."""
+    """From the gradient d_act (R, F) of `swiglu`'s result: that result, d_z and d_scores (R,)."""
     gate, up = _wide(z).chunk(2, dim=1)
     gradient = _wide(d_act)
     sigmoid = gate.sigmoid()

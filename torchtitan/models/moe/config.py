@@ -28,7 +28,7 @@ class MoEConfig:
     router_bias: bool = False
     """The router's projection has a bias."""
     router_in_fp32: bool = False
-    """The router's projection is multiplied in fp32, as DeepSeek's is, whatever the layer's dtype."""
+    """The router multiplies in fp32, as DeepSeek's does, whatever the layer's dtype."""
     num_expert_groups: int = 1
     """Experts are chosen within the best groups only; DeepSeek-V3's `n_group`."""
     num_limited_groups: int = 1

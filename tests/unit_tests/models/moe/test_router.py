@@ -50,7 +50,10 @@ FAMILIES = {
         Qwen3MoeTopKRouter(Qwen3MoeConfig(**SHAPE, num_experts=E, norm_topk_prob=False)),
         {},
     ),
-    "mixtral": (MixtralTopKRouter(MixtralConfig(**SHAPE, num_local_experts=E)), {"route_norm": True}),
+    "mixtral": (
+        MixtralTopKRouter(MixtralConfig(**SHAPE, num_local_experts=E)),
+        {"route_norm": True},
+    ),
     "deepseek_v2": (
         DeepseekV2TopkRouter(
             DeepseekV2Config(
@@ -63,7 +66,8 @@ FAMILIES = {
     "deepseek_v3": (
         DeepseekV3TopkRouter(
             DeepseekV3Config(
-                **SHAPE, **GROUPS, n_routed_experts=E, norm_topk_prob=True, routed_scaling_factor=2.5
+                **SHAPE, **GROUPS, n_routed_experts=E, norm_topk_prob=True,
+                routed_scaling_factor=2.5,
             )
         ),
         {

@@ -1,0 +1,154 @@
+"""A whole MoE layer with experts on one rank, against a loop over tokens in fp64.
+
+B batch, L sequence, D model, F expert width, E experts, K top-k.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from torchtitan import routing
+from torchtitan.models.init import parameter_inits
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.models.moe.moe import MoE
+
+D, WIDTH, E, K = 16, 24, 8, 3
+CONFIG = {"num_experts": E, "top_k": K, "ffn_dim": WIDTH}
+
+
+def build(dtype=torch.float64, **config):
+    moe = MoE(D, MoEConfig(**CONFIG | config), residual_std=0.02)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in moe.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) / 2
+    moe.fill_buffers(torch.device("cpu"))
+    return moe
+
+
+def hidden_states(batch, length, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, D, generator=generator).to(dtype).requires_grad_()
+
+
+def token_by_token(moe, config, x):
+    """The layer's definition, one token after the other, in fp64 under autograd."""
+    weights = {name: weight.double() for name, weight in moe.named_parameters()}
+    out = []
+    for token in x.double().reshape(-1, D):
+        logits = weights["router.gate.weight"] @ token
+        scores = logits.softmax(0) if config.score_func == "softmax" else logits.sigmoid()
+        bias = 0 if moe.expert_bias is None else moe.expert_bias
+        chosen = (scores + bias).topk(K).indices
+        scores = scores[chosen]
+        scores = scores / scores.sum() if config.route_norm else scores
+        y = torch.zeros(D, dtype=torch.float64)
+        for expert, score in zip(chosen, scores * config.route_scale, strict=True):
+            before, after = (score, 1) if config.score_before_experts else (1, score)
+            gate, up = weights["experts.w13"][expert] @ (token * before)
+            y = y + weights["experts.w2"][expert] @ (F.silu(gate) * up) * after
+        if config.num_shared_experts:
+            w1, w2, w3 = (weights[f"shared_experts.w{i}.weight"] for i in (1, 2, 3))
+            y = y + w2 @ (F.silu(w1 @ token) * (w3 @ token))
+        out.append(y)
+    return torch.stack(out).view(x.shape) if out else x.double() * 0
+
+
+CASES = {
+    "softmax": {},
+    "softmax, normalised": {"route_norm": True},
+    "sigmoid, biased, scaled": {
+        "score_func": "sigmoid", "load_balance_coeff": 1e-3, "route_norm": True, "route_scale": 2.5,
+    },
+    "shared experts": {"num_shared_experts": 2},
+    "score before": {"score_before_experts": True, "num_shared_experts": 1},
+    "reference": {"experts_backend": "reference", "num_shared_experts": 1},
+    "chunks": {"max_rows_per_chunk": 5},
+    "chunks, score before": {"max_rows_per_chunk": 5, "score_before_experts": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch, length", [(2, 7), (1, 1), (3, 4)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_outputs_and_gradients_equal_a_loop_over_tokens(case, dtype, tolerance, batch, length):
+    moe = build(dtype, **case)
+    if moe.expert_bias is not None:
+        moe.expert_bias = torch.linspace(-0.5, 0.5, E)
+    x = hidden_states(batch, length, dtype)
+    leaves = [x, *moe.parameters()]
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    out, expected = moe(x), token_by_token(moe, MoEConfig(**CONFIG | case), x)
+    assert out.shape == x.shape and out.dtype == dtype
+    ours = [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+    plain = [expected, *torch.autograd.grad(expected, leaves, upstream.double())]
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_tokens_give_zero_gradients(case):
+    moe = build(torch.float32, **case)
+    x = hidden_states(2, 0, torch.float32)
+    out = moe(x)
+    assert out.shape == (2, 0, D)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((parameter.grad == 0).all() for parameter in moe.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compile_takes_it_whole(dtype):
+    moe = build(dtype, num_shared_experts=1, load_balance_coeff=1e-3)
+    x = hidden_states(2, 7, dtype)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    results = [
+        (out, *torch.autograd.grad(out.float().square().sum(), [x, *moe.parameters()]))
+        for out in (compiled(x), moe(x))
+    ]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+    assert moe.tokens_per_expert.sum() == 2 * 14 * K
+
+
+def test_load_is_counted_in_training_only():
+    moe = build()
+    moe.router.record = []
+    for seed in range(3):
+        moe(hidden_states(2, 7, seed=seed))
+    ids = torch.cat(moe.router.record).flatten()
+    assert torch.equal(moe.tokens_per_expert, ids.bincount(minlength=E))
+    moe.eval()
+    moe(hidden_states(2, 7))
+    assert moe.tokens_per_expert.sum() == 3 * 14 * K
+
+
+def test_a_recomputation_neither_counts_nor_chooses_again():
+    moe, plain = build(), build()
+    x = hidden_states(2, 7)
+    calls = []
+
+    def with_noise(gate, inputs, logits):
+        calls.append(logits)
+        return logits + torch.randn_like(logits) if len(calls) > 1 else logits
+
+    moe.router.gate.register_forward_hook(with_noise)
+    out = checkpoint(moe, x, use_reentrant=False, context_fn=routing.decide_once)
+    gradients = torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])
+    assert len(calls) == 2
+    expected = plain(x)
+    plain_gradients = torch.autograd.grad(expected.square().sum(), [x, *plain.parameters()])
+    assert torch.equal(out, expected)
+    assert torch.equal(moe.tokens_per_expert, plain.tokens_per_expert)
+    for mine, theirs in zip(gradients, plain_gradients, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_buffers_start_empty_and_every_weight_is_drawn():
+    with torch.device("meta"):
+        moe = MoE(D, MoEConfig(**CONFIG, load_balance_coeff=1e-3, num_shared_experts=1), 0.02)
+    moe.to_empty(device="cpu")
+    moe.fill_buffers(torch.device("cpu"))
+    assert (moe.tokens_per_expert == 0).all() and (moe.expert_bias == 0).all()
+    assert moe.tokens_per_expert.dtype == torch.int64
+    assert parameter_inits(moe).keys() == dict(moe.named_parameters()).keys()
+    assert "expert_bias" in moe.state_dict() and "tokens_per_expert" not in moe.state_dict()
