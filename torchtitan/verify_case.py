@@ -1,7 +1,8 @@
 """What the oracle tries: a config's layout cut down to this machine, and one process beside it."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -101,23 +102,35 @@ def synthetic_batch(
 
 def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int]:
     """Degrees whose product is at most MAX_RANKS; an axis that was used stays used."""
-    degrees = {
+    wanted = {
         "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
         "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
         "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "expert_parallel_degree": parallelism.expert_parallel_degree,
+        "expert_tensor_parallel_degree": parallelism.expert_tensor_parallel_degree,
     }
-    settled = dict(degrees)
-    if settled["data_parallel_shard_degree"] == -1:
-        settled["data_parallel_shard_degree"] = 2
-    for axis in settled:
-        if np.prod(list(settled.values())) > MAX_RANKS:
-            settled[axis] = _smallest_divisor(settled[axis])
+    replicate, shard, tp, ep, etp = wanted.values()
+    open_ended = shard == -1
+    if open_ended:
+        shard = 2
+    if replicate * shard * tp > MAX_RANKS:
+        replicate = _smallest_divisor(replicate)
+    if replicate * shard * tp > MAX_RANKS:
+        shard = _smallest_divisor(shard)
+    if replicate * shard * tp > MAX_RANKS:
+        tp = _smallest_divisor(tp)
+    split = 1 if etp == 1 or ep == 1 else tp
+    if open_ended:
+        legal = [n for n in range(2, MAX_RANKS // (replicate * tp) + 1) if n * tp // split % ep == 0]
+        shard = legal[0] if legal else shard
+    ep = math.gcd(ep, shard * tp // split)
+    settled = dict(zip(wanted, (replicate, shard, tp, ep, etp if ep == 1 else split), strict=True))
     notes += [
-        f"parallelism.{axis}: {degrees[axis]} -> {settled[axis]}"
-        for axis in degrees
-        if degrees[axis] != settled[axis]
+        f"parallelism.{axis}: {wanted[axis]} -> {settled[axis]}"
+        for axis in wanted
+        if wanted[axis] != settled[axis]
     ]
-    return replace(parallelism, **settled), int(np.prod(list(settled.values())))
+    return replace(parallelism, **settled), replicate * shard * tp
 
 
 def _smallest_divisor(degree: int) -> int:
@@ -157,5 +170,10 @@ def _on_cpu(config: JobConfig, notes: list[str]):
 
 def _changes(prefix: str, old: object, new: object, hidden: tuple[str, ...]) -> Iterator[str]:
     for key, value in vars(new).items():
-        if value != getattr(old, key) and key not in hidden:
-            yield f"{prefix}{key}: {getattr(old, key)} -> {value}"
+        before = getattr(old, key)
+        if value == before or key in hidden:
+            continue
+        if is_dataclass(value) and is_dataclass(before):
+            yield from _changes(f"{prefix}{key}.", before, value, hidden)
+        else:
+            yield f"{prefix}{key}: {before} -> {value}"

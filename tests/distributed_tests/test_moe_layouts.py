@@ -53,6 +53,14 @@ LAYOUTS = {
     "hsdp2x2 x tp2 ep2 etp2": (8, parallel(tp=2, ep=2, etp=2, replicate=2), 1),
     "fsdp4 x tp2 ep2 etp2": (8, parallel(tp=2, ep=2, etp=2), 1),
     "hsdp2x2 x tp2 ep2, by-op ac": (8, parallel(tp=2, ep=2, replicate=2, **BY_OP), 1),
+    "fsdp2, compile, full ac": (2, parallel(compiled=True, **FULL), 1),
+    "fsdp2, compile, by-op ac": (2, parallel(compiled=True, **BY_OP), 1),
+    "ep2, compile, by-op ac": (2, parallel(ep=2, compiled=True, **BY_OP), 1),
+    "tp2 ep2, no sp, compile, full ac": (
+        2,
+        parallel(tp=2, ep=2, sp=False, compiled=True, **FULL),
+        1,
+    ),
 }
 
 

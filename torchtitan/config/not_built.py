@@ -46,6 +46,7 @@ NOT_BUILT = (
             "parallelism.pipeline_parallel_schedule",
             "parallelism.pipeline_parallel_schedule_csv",
             "parallelism.pipeline_parallel_microbatch_size",
+            "parallelism.pipeline_parallel_expert_parallel_overlap",
         ),
     ),
     NotBuilt(
@@ -57,16 +58,7 @@ NOT_BUILT = (
             "parallelism.context_parallel_rotate_method",
         ),
     ),
-    NotBuilt(
-        "expert parallelism",
-        PLANNED,
-        ("parallelism.expert_parallel_degree",),
-        (
-            "parallelism.expert_tensor_parallel_degree",
-            "parallelism.expert_parallel_comm_backend",
-            "parallelism.pipeline_parallel_expert_parallel_overlap",
-        ),
-    ),
+    NotBuilt("DeepEP", PLANNED, ("parallelism.expert_parallel_comm_backend",)),
     NotBuilt(
         "quantized training",
         PLANNED,

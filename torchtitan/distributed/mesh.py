@@ -17,7 +17,6 @@ _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
 _TENSOR = "parallelism.tensor_parallel_degree"
 _EXPERT = "parallelism.expert_parallel_degree"
-_EXPERT_TENSOR = "parallelism.expert_tensor_parallel_degree"
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,6 @@ class Degrees:
             raise ConfigError([Fault(_SHARD, reason, f"Use {left}, or -1.", value=shard)])
         ep = config.expert_parallel_degree
         etp = tp if ep == 1 else config.expert_tensor_parallel_degree
-        if etp not in (1, tp):
-            reason = f"experts are split as tensor parallelism splits (over {tp} ranks) or not at all."
-            raise ConfigError([Fault(_EXPERT_TENSOR, reason, f"Use {_words([1, tp])}.", value=etp)])
         if (left * tp // etp) % ep:
             raise ConfigError([_not_a_divisor(_EXPERT, ep, left * tp // etp)])
         return cls(replicate, left, tp, ep, etp)
@@ -122,12 +118,8 @@ def by_mesh(items: Iterable[T], key: Callable[[T], torch.Tensor]) -> list[list[T
 def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
-    remedy = f"Use {_words(nearest)}."
+    remedy = f"Use {' or '.join(map(str, nearest))}."
     return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
-
-
-def _words(values: list[int]) -> str:
-    return " or ".join(str(value) for value in dict.fromkeys(values))
 
 
 def global_batch_size(config: Training, dp: int) -> int:
