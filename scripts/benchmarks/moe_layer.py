@@ -1,0 +1,248 @@
+"""One MoE layer, forward and backward, beside a plain version of it: time, memory, TFLOP/s.
+
+    python scripts/benchmarks/moe_layer.py                               # on a GPU: both shapes, bf16
+    python scripts/benchmarks/moe_layer.py --shapes small --tokens 512   # a rehearsal on a CPU
+
+T tokens, D model, F expert width, E experts, K top-k. TFLOP/s counts the experts' products forward
+and backward, 18 * T * K * D * F operations. "products" is these grouped GEMMs alone, "dense" the same
+work as dense products: ceilings of this machine, measured in the same run. The plain version has
+separate gate and up products and a scatter-add combine. Variants take turns.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan.models.moe.config import MoEConfig
+from torchtitan.models.moe.moe import MoE
+
+SHAPES = {
+    "q30b": {"dim": 2048, "ffn_dim": 768, "num_experts": 128, "top_k": 8},  # qwen3 30B-A3B
+    "ds16b": {"dim": 2048, "ffn_dim": 1408, "num_experts": 64, "top_k": 6},  # deepseek_v3 16B
+    "small": {"dim": 64, "ffn_dim": 32, "num_experts": 8, "top_k": 2},
+}
+
+
+class PlainMoE(nn.Module):
+    """What one would write first: the same arithmetic, left to autograd."""
+
+    def __init__(self, moe: MoE, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(moe.router.gate.weight.detach().clone())
+        w1, w3 = moe.experts.w13.detach().unbind(1)
+        self.w1, self.w3 = nn.Parameter(w1.clone()), nn.Parameter(w3.clone())
+        self.w2 = nn.Parameter(moe.experts.w2.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        config, tokens = self.config, x.flatten(0, 1)
+        scores = (tokens @ self.gate.t()).softmax(-1, dtype=torch.float32)
+        if config.force_load_balance:
+            turns = torch.arange(len(tokens) * config.top_k, device=x.device) % config.num_experts
+            ids = turns.view(-1, config.top_k)
+        else:
+            ids = scores.topk(config.top_k).indices
+        top_scores = scores.gather(1, ids)
+        top_scores = top_scores / top_scores.sum(-1, keepdim=True)
+        order = ids.flatten().argsort(stable=True)
+        index = order // config.top_k
+        ends = F.one_hot(ids.flatten(), config.num_experts).sum(0).cumsum(0).int()
+        rows = tokens[index]
+        gate = F.grouped_mm(rows, self.w1.mT, offs=ends)
+        up = F.grouped_mm(rows, self.w3.mT, offs=ends)
+        y = F.grouped_mm(F.silu(gate) * up, self.w2.mT, offs=ends)
+        y = (y * top_scores.flatten()[order].unsqueeze(1)).to(x.dtype)
+        index = index.unsqueeze(1).expand_as(y)
+        return torch.zeros_like(tokens).scatter_add(0, index, y).view_as(x)
+
+
+def products_alone(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
+    """The experts' grouped products, forward and backward, on loads as even as can be."""
+    w13, w2 = moe.experts.w13.detach().flatten(1, 2), moe.experts.w2.detach()
+    ends = torch.linspace(0, num_rows, config.num_experts + 1, device=w2.device)[1:].int()
+    rows, z, act = (
+        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
+        for width in (w2.shape[1], w13.shape[1], w2.shape[2])
+    )
+
+    def run():
+        F.grouped_mm(rows, w13.mT, offs=ends)
+        F.grouped_mm(act, w2.mT, offs=ends)
+        F.grouped_mm(rows, w2, offs=ends)
+        F.grouped_mm(z, w13, offs=ends)
+        F.grouped_mm(rows.t(), act, offs=ends)
+        F.grouped_mm(z.t(), rows, offs=ends)
+
+    return run
+
+
+def dense_product(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
+    """The same work: nine products of (T * K, D) and (D, F)."""
+    w2 = moe.experts.w2.detach()
+    rows = torch.randn(num_rows, w2.shape[1], device=w2.device, dtype=w2.dtype)
+    return lambda: [rows @ w2[0] for _ in range(9)]
+
+
+def build(shape: dict[str, int], routing: str, args: argparse.Namespace) -> tuple[MoE, MoEConfig]:
+    shape = dict(shape)
+    dim = shape.pop("dim")
+    config = MoEConfig(
+        **shape,
+        route_norm=True,
+        force_load_balance=routing == "balanced",
+        max_rows_per_chunk=args.max_rows_per_chunk,
+    )
+    moe = MoE(dim, config, residual_std=0.02).to(args.device, torch.bfloat16)
+    moe.fill_buffers(torch.device(args.device))
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_(0.0, 0.02)
+    return moe, config
+
+
+def step_of(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callable[[], object]:
+    leaves = [x, *layer.parameters()]
+    return lambda: torch.autograd.grad(layer(x), leaves, upstream)
+
+
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_gib(work: Callable[[], object], device: str) -> float | None:
+    """Most memory allocated at a time beyond what was there before, weights and input."""
+    if device == "cpu":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def saved_mib(layer: nn.Module, x: torch.Tensor) -> float:
+    """Memory that one forward keeps for backward, besides weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = layer(x)  # alive until storages are counted
+    assert out.requires_grad
+    return sum(kept.values()) / 2**20
+
+
+def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
+    shape = {key: getattr(args, key) or value for key, value in SHAPES[name].items()}
+    moe, config = build(shape, routing, args)
+    generator = torch.Generator(device=args.device).manual_seed(0)
+    x, upstream = torch.randn(
+        2, 1, args.tokens, shape["dim"], device=args.device, generator=generator
+    ).bfloat16()
+    x = x.clone().requires_grad_()
+    plain = PlainMoE(moe, config)
+    layers = {"ours": moe, "plain": plain}
+    if not args.no_compile:
+        layers |= {"ours compiled": torch.compile(moe), "plain compiled": torch.compile(plain)}
+    num_rows = args.tokens * config.top_k
+    works = {variant: step_of(layer, x, upstream) for variant, layer in layers.items()}
+    works["products"] = products_alone(moe, config, num_rows)
+    works["dense"] = dense_product(moe, config, num_rows)
+    for work in works.values():
+        for _ in range(args.warm_up):
+            work()
+    times = {variant: [] for variant in works}
+    for _ in range(args.rounds):
+        for variant, work in works.items():
+            times[variant] += [milliseconds(work, args.device) for _ in range(args.repeats)]
+    expected = plain(x).detach().double()
+    operations = 18 * num_rows * shape["dim"] * config.ffn_dim
+    results = []
+    for variant, work in works.items():
+        layer = layers.get(variant)
+        tenths = statistics.quantiles(times[variant], n=10)
+        result = {"shape": name, "routing": routing, "variant": variant, "tokens": args.tokens}
+        result["ms"] = statistics.median(times[variant])
+        result |= {"ms_p10": tenths[0], "ms_p90": tenths[-1]}
+        result["tflops"] = operations / result["ms"] / 1e9
+        if layer is not None:
+            error = (layer(x).detach().double() - expected).norm() / expected.norm()
+            result |= {"peak_gib": peak_gib(work, args.device), "saved_mib": saved_mib(layer, x)}
+            result["difference"] = error.item()
+        results.append(result)
+    return results
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| shape | routing | variant | ms (p10 to p90) | TFLOP/s | peak GiB | saved MiB | vs plain |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        time_cell = f"{r['ms']:.2f} ({r['ms_p10']:.2f} to {r['ms_p90']:.2f})"
+        cells = [r["shape"], r["routing"], r["variant"], time_cell, f"{r['tflops']:.4g}"]
+        for key, form in {"peak_gib": ".2f", "saved_mib": ".1f", "difference": ".1e"}.items():
+            value = r.get(key)
+            cells.append("" if value is None else format(value, form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["q30b", "ds16b"])
+    parser.add_argument("--routing", nargs="+", default=["natural", "balanced"])
+    parser.add_argument("--tokens", type=int, default=32768)
+    for key in SHAPES["small"]:
+        parser.add_argument(f"--{key}", type=int, help="in place of the shape's")
+    parser.add_argument("--max_rows_per_chunk", type=int, default=0)
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--warm_up", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
+    print(f"{name or 'CPU'}, torch {torch.__version__}, {args.tokens} tokens, bfloat16", flush=True)
+    results = []
+    for shape in args.shapes:
+        for routing in args.routing:
+            results += measure(shape, routing, args)
+            torch.compiler.reset()
+    print(table(results))
+    if args.json:
+        report = {"device": name, "torch": torch.__version__, "results": results}
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
