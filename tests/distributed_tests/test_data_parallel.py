@@ -1,5 +1,6 @@
 """Every data-parallel layout has the weights and gradients of one process."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ SEQUENCES = 12
 
 def tiny(**changes):
     base = replace(FLAVORS["debugmodel"], dim=20, n_layers=3, n_heads=2, n_kv_heads=1, ffn_dim=28)
-    return replace(base, vocab_size=54, seq_len=8, **changes)
+    return replace(base, **{"vocab_size": 54, "seq_len": 8} | changes)
 
 
 def global_batch():
@@ -156,21 +157,31 @@ def test_bfloat16_is_the_same_policy_at_any_world_size():
     assert max(errors) > 1e-4  # it did compute in bfloat16
 
 
-def saved_bytes(config):
-    """Bytes that one forward keeps for backward, weights and their views aside."""
-    _, model = build(tiny(), config)
+@contextmanager
+def saved_tensors(model):
+    """Collects what forward keeps for backward, weights and their views aside: {address: tensor}."""
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so addresses stay apart
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor  # alive, so addresses stay apart
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def num_bytes(tensors):
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def saved_bytes(config):
+    _, model = build(tiny(), config)
+    with saved_tensors(model) as kept:
         model(*global_batch())
-    return sum(size for size, _ in kept.values())
+    return num_bytes(kept)
 
 
 def test_checkpointing_saves_memory():
