@@ -1,6 +1,6 @@
 """Grouped-query attention, and one interface to the kernels that compute it.
 
-B batch, L sequence, D model, H query heads, G key/value heads, C head_dim, V channels of values.
+B batch, L sequence, D model, H query heads, G key/value heads, C head_dim, V channels of a value.
 
 The mask decides the kernel: none means causal over the whole sequence (SDPA); a packed batch brings
 a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean mask for SDPA. All
@@ -116,9 +116,7 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        out = _compiled(flex_attention)(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped
-        )
+        out = _compiled(flex_attention)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     else:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped

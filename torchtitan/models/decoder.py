@@ -160,8 +160,8 @@ class DecoderConfig:
         """Forward and backward FLOPs a token, attention counted (in full, by its causal half).
 
         Matrix products cost 2 FLOPs a weight forward and 4 backward, of the weights that a token
-        meets: of the experts, the K it goes to. Attention's two products cost 2 * L a channel forward
-        (every token against the whole sequence). Recomputation is not counted, nor are norms,
+        meets: of the experts, the K it goes to. Attention's two products cost 2 * L a channel
+        forward (every token against the whole sequence). Recomputation is not counted, nor are norms,
         activations and the embedding's look-up.
         """
         weights, channels = self._attention_costs()
@@ -190,7 +190,7 @@ class DecoderConfig:
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward or experts, each behind a norm and added to the residual stream."""
+    """Attention, then feed-forward or experts, each behind a norm and added to the residual."""
 
     def __init__(self, config: DecoderConfig, layer_id: int):
         super().__init__()
@@ -198,9 +198,11 @@ class TransformerBlock(nn.Module):
         residual_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
         self.attention = config.build_attention(residual_std)
         if config.is_moe_layer(layer_id):
-            self.moe, self.feed_forward = MoE(config.dim, config.moe, residual_std), None
+            self.moe = MoE(config.dim, config.moe, residual_std)
+            self.feed_forward = None
         else:
-            self.moe, self.feed_forward = None, FeedForward(config.dim, config.ffn_dim, residual_std)
+            self.moe = None
+            self.feed_forward = FeedForward(config.dim, config.ffn_dim, residual_std)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.inits: dict[str, Init] = {

@@ -31,7 +31,7 @@ class DeepSeekV3Config(DecoderConfig):
     def _shape_faults(self) -> Iterator[Fault]:
         yield from super()._shape_faults()
         if self.attn_type == "varlen":
-            reason = "the varlen kernel takes keys and values of one width; latent attention has two."
+            reason = "the varlen kernel takes keys and values of one width, and here they have two."
             yield Fault("model.overrides.attn_type", reason, "Use 'flex' or 'sdpa'.", "varlen")
 
     def _head_faults(self) -> Iterator[Fault]:

@@ -43,7 +43,7 @@ class LatentConfig:
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention with low-rank keys and values, and low-rank queries where that is set."""
+    """Causal self-attention with low-rank keys and values, and low-rank queries where set."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class LatentAttention(nn.Module):
         kv = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (q.shape[2], -1))
         k, v = kv.split([w.qk_nope_head_dim, w.v_head_dim], dim=-1)
         q_position = apply_rope(halves_from_pairs(q_position), rope)
-        k_position = apply_rope(halves_from_pairs(k_position.unsqueeze(2)), rope)  # one for all heads
+        k_position = apply_rope(halves_from_pairs(k_position.unsqueeze(2)), rope)  # of all heads
         q = torch.cat([q, q_position], dim=-1)
         k = torch.cat([k, k_position.expand(-1, -1, k.shape[2], -1)], dim=-1)
         out = attend(q, k, v, mask, self.scale)  # (B, L, H, V)

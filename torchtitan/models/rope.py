@@ -1,7 +1,8 @@
 """Rotary position embedding (arXiv 2104.09864), and two ways to stretch it to longer sequences.
 
-B batch, L sequence, H heads, C rotated channels of a head. Channels are rotated in pairs (c, c + C/2),
-as most Hugging Face checkpoints have them; `halves_from_pairs` brings pairs (c, c + 1) there.
+B batch, L sequence, H heads, C rotated channels of a head. Channels are rotated in pairs
+(c, c + C/2), as most Hugging Face checkpoints have them; `halves_from_pairs` makes these of pairs
+(c, c + 1).
 """
 
 import math
@@ -55,8 +56,8 @@ class YaRNScaling:
 
     def _pair_that_turns(self, times: float, pairs: int, theta: float) -> float:
         """Index of the pair that turns so often over the original length; not a whole number."""
-        wavelength = self.original_max_seq_len / (2 * math.pi * times)
-        return pairs * math.log(wavelength) / math.log(theta)
+        radians_a_position = 2 * math.pi * times / self.original_max_seq_len
+        return -pairs * math.log(radians_a_position) / math.log(theta)
 
     @property
     def magnitude(self) -> float:

@@ -14,7 +14,11 @@ from torchtitan.config.schema import JobConfig
 
 ROOT = Path(__file__).parents[3]
 OUR_FILES = sorted((ROOT / "train_configs").glob("*/*.toml"))
-UPSTREAM_LLAMA3 = sorted((ROOT.parent / "shared" / "upstream_toml").glob("llama3_*.toml"))
+UPSTREAM_FILES = sorted(
+    file
+    for family in ("llama3", "qwen3", "deepseek_v3")
+    for file in (ROOT.parent / "shared" / "upstream_toml").glob(f"{family}_*.toml")
+)
 KEYS = leaf_keys(JobConfig)
 
 
@@ -37,7 +41,7 @@ UPSTREAM_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("file", UPSTREAM_LLAMA3, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", UPSTREAM_FILES, ids=lambda file: file.stem)
 def test_upstreams_files_are_refused_for_what_is_not_built_alone(file):
     assert refused(f"--job.config_file {file}") == UPSTREAM_REFUSED.get(file.stem, set())
 

@@ -92,6 +92,20 @@ def test_flavors_stay_as_they_are(line):
     assert FLAVORS == before
 
 
+OUR_FILES = sorted((ROOT / "train_configs").glob("*/*.toml"))
+UPSTREAM_FILES = sorted(
+    file
+    for family in ("llama3", "qwen3", "deepseek_v3")
+    for file in (ROOT.parent / "shared" / "upstream_toml").glob(f"{family}_*.toml")
+)
+
+
+@pytest.mark.parametrize("file", OUR_FILES + UPSTREAM_FILES, ids=lambda file: file.stem)
+def test_the_models_of_config_files_fit_their_layouts(file):
+    config = load_config(["--job.config_file", str(file)])
+    assert update(f"--job.config_file {file}").seq_len == config.training.seq_len
+
+
 FAULTS = [
     (
         f"{MOE} --parallelism.expert_parallel_degree 6",
@@ -165,7 +179,7 @@ FAULTS = [
         f"{DEEPSEEK} --model.overrides.attn_type varlen"
         " --model.overrides.attn_mask_type block_causal",
         "model.overrides.attn_type = \"varlen\": the varlen kernel takes keys and values of one "
-        "width; latent attention has two. Use 'flex' or 'sdpa'.",
+        "width, and here they have two. Use 'flex' or 'sdpa'.",
     ),
     (
         "--training.seq_len 2050 --parallelism.tensor_parallel_degree 4",
