@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from torchtitan.checkpoint.manager import Progress, find_checkpoint, read_progress
+from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config, located
@@ -23,7 +24,7 @@ from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
 from torchtitan.distributed.comm import World, pick_device
-from torchtitan.distributed.mesh import Degrees, global_batch_size
+from torchtitan.distributed.mesh import Degrees
 from torchtitan.logging import init_logger
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config

@@ -6,7 +6,8 @@ models/decoder.py (`update_from_config`), those of sources and tokenizers in dat
 
 from collections.abc import Callable, Iterator
 
-from torchtitan.config.faults import Fault
+from torchtitan.config.batch_size import global_batch_size
+from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import leaf_keys, nearest
 from torchtitan.config.not_built import refusals
 from torchtitan.config.schema import JobConfig
@@ -149,17 +150,15 @@ def tokenizer_is_a_folder(config: JobConfig) -> Iterator[Fault]:
 
 def global_batch_holds_whole_microbatches(config: JobConfig) -> Iterator[Fault]:
     training, parallelism = config.training, config.parallelism
-    local, size = training.local_batch_size, training.global_batch_size
-    # A shard degree of -1 depends on the number of ranks: mesh.py checks the whole.
+    # A shard degree of -1 depends on the number of ranks: preflight asks again when it is known.
     ranks = parallelism.data_parallel_replicate_degree
     ranks *= max(1, parallelism.data_parallel_shard_degree)
-    if size > 0 and local > 0 and ranks > 0 and size % (local * ranks):
-        reason = f"is not a multiple of training.local_batch_size = {local}"
-        reason += f" times {ranks} data-parallel ranks." if ranks > 1 else "."
-        below = size // (local * ranks) * local * ranks
-        above = below + local * ranks
-        remedy = f"Use {f'{below} or ' if below else ''}{above}."
-        yield Fault("training.global_batch_size", reason, remedy, size)
+    if min(training.global_batch_size, training.local_batch_size, ranks) < 1:
+        return
+    try:
+        global_batch_size(training, ranks)
+    except ConfigError as error:
+        yield from error.faults
 
 
 def workers_have_their_settings(config: JobConfig) -> Iterator[Fault]:

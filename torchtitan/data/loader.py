@@ -42,20 +42,7 @@ class DataConfig:
 def build_loader(config: DataConfig, tokenizer: Tokenizer, slots: range) -> "Loader":
     """A loader of the slots that this rank serves; ConfigError where the data cannot be used."""
     assert 0 <= slots.start < slots.stop <= config.num_slots, f"slots {slots} of {config.num_slots}"
-    if faults := check_workers(config):
-        raise ConfigError(faults)
     return Loader(config, _SlotStream(config, tokenizer, slots))
-
-
-def check_workers(config: DataConfig) -> list[Fault]:
-    """Worker settings that mean nothing without workers."""
-    if config.num_workers:
-        return []
-    section = f"{config.section}.dataloader"
-    reason = "has no effect without workers."
-    remedy = "Set num_workers to 1 or more, or leave it out."
-    given = {name: getattr(config, name) for name in ("persistent_workers", "prefetch_factor")}
-    return [Fault(f"{section}.{name}", reason, remedy, v) for name, v in given.items() if v]
 
 
 class Loader:

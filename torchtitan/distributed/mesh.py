@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.schema import Parallelism, Training
+from torchtitan.config.schema import Parallelism
 
 T = TypeVar("T")
 
@@ -120,23 +120,3 @@ def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
     remedy = f"Use {' or '.join(map(str, nearest))}."
     return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
-
-
-def global_batch_size(config: Training, dp: int) -> int:
-    """Sequences an optimizer step takes, over all ranks and microbatches.
-
-    -1 means one microbatch a rank. Raises ConfigError where ranks would get unequal shares.
-    """
-    step = config.local_batch_size * dp
-    size = config.global_batch_size
-    if size == -1:
-        return step
-    if size % step:
-        near = [n for n in (size // step * step, (size // step + 1) * step) if n > 0]
-        reason = (
-            f"does not divide into microbatches of training.local_batch_size = "
-            f"{config.local_batch_size} on {dp} data-parallel ranks."
-        )
-        remedy = f"Use {' or '.join(map(str, near))}."
-        raise ConfigError([Fault("training.global_batch_size", reason, remedy, value=size)])
-    return size

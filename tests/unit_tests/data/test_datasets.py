@@ -65,12 +65,3 @@ def test_the_hub_without_its_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'torchtitan\[datasets\]'"):
         loaders(DataConfig("c4_validation", 1, 8, seed=0, section="validation"))
-
-
-def test_worker_settings_without_workers_are_refused():
-    config = DataConfig("c4_test", 1, 8, seed=0, persistent_workers=True, prefetch_factor=2)
-    with pytest.raises(ConfigError) as error:
-        loaders(config)
-    settings = [fault.setting for fault in error.value.faults]
-    names = ["persistent_workers", "prefetch_factor"]
-    assert settings == [f"training.dataloader.{name}" for name in names]
