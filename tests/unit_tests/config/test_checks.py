@@ -11,12 +11,13 @@ from torchtitan.config.manager import load_config
 from torchtitan.config.names import leaf_keys, section_names
 from torchtitan.config.not_built import NOT_BUILT
 from torchtitan.config.schema import JobConfig
+from torchtitan.models.registry import families
 
 ROOT = Path(__file__).parents[3]
 OUR_FILES = sorted((ROOT / "train_configs").glob("*/*.toml"))
 UPSTREAM_FILES = sorted(
     file
-    for family in ("llama3", "qwen3", "deepseek_v3")
+    for family in families()
     for file in (ROOT.parent / "shared" / "upstream_toml").glob(f"{family}_*.toml")
 )
 KEYS = leaf_keys(JobConfig)
