@@ -1,12 +1,12 @@
 """One MoE layer, forward and backward, beside a plain version of it: time, memory, TFLOP/s.
 
-    python scripts/benchmarks/moe_layer.py                               # on a GPU: both shapes, bf16
-    python scripts/benchmarks/moe_layer.py --shapes small --tokens 512   # a rehearsal on a CPU
+    python scripts/benchmarks/moe_layer.py                              # on a GPU: both shapes
+    python scripts/benchmarks/moe_layer.py --shapes small --tokens 512  # a rehearsal on a CPU
 
-T tokens, D model, F expert width, E experts, K top-k. TFLOP/s counts the experts' products forward
-and backward, 18 * T * K * D * F operations. "products" is these grouped GEMMs alone, "dense" the same
-work as dense products: ceilings of this machine, measured in the same run. The plain version has
-separate gate and up products and a scatter-add combine. Variants take turns.
+T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
+forward and backward, 18 * T * K * D * F operations. "products" is these grouped GEMMs alone,
+"dense" the same work as dense products: ceilings of this machine, measured in the same run. The plain
+version has separate gate and up products and a scatter-add combine. Variants take turns.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| shape | routing | variant | ms (p10 to p90) | TFLOP/s | peak GiB | saved MiB | vs plain |",
+        "| shape | routing | layer | ms (p10 to p90) | TFLOP/s | peak GiB | saved MiB | vs plain |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
@@ -232,7 +232,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    print(f"{name or 'CPU'}, torch {torch.__version__}, {args.tokens} tokens, bfloat16", flush=True)
+    name = name or "CPU"
+    print(f"{name}, torch {torch.__version__}, {args.tokens} tokens, bfloat16", flush=True)
     results = []
     for shape in args.shapes:
         for routing in args.routing:

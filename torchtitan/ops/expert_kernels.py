@@ -4,7 +4,7 @@ R rows, G groups, K and N widths; counts (G,) int64 says how many rows each grou
 be below R: what `rows` gives for the rows after them is undefined, and `weights` leaves them out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,10 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.logging import logger
-from torchtitan.ops.swiglu import swiglu, swiglu_backward
+from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
 
 REFERENCE_BLOCK = 16
 """Rows, and multiples of columns, that the reference multiplies at a time."""
+
+
+def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Nothing has written these rows: they may hold NaN, which no multiplication removes."""
+    after = torch.arange(len(x), device=x.device) >= counts.sum()
+    return x.masked_fill_(after.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Kernels:
     """(a (R, K), b (R, N), counts) -> (G, K, N): a^T b over each group's rows; 0 without rows."""
     swiglu: Callable = swiglu
     swiglu_backward: Callable = swiglu_backward
+    clear_after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = clear_after
+    """(x (R, ...), counts) -> x, zero in the rows of no group, in place."""
 
 
 def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int) -> Kernels:
@@ -119,6 +127,14 @@ def _blocks(start: int, stop: int) -> Iterator[slice]:
         yield slice(first, min(first + REFERENCE_BLOCK, stop))
 
 
+def _full_blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """x (R, ...) in blocks of rows, the last one filled with zeros."""
+    num_blocks = -(-len(x) // REFERENCE_BLOCK)
+    filled = x.new_zeros(num_blocks * REFERENCE_BLOCK, *x.shape[1:])
+    filled[: len(x)] = x
+    return filled.split(REFERENCE_BLOCK)
+
+
 def _fill_blocks(matrix: torch.Tensor) -> torch.Tensor:
     """A copy with zeros below and to the right, up to whole blocks."""
     height, width = matrix.shape
@@ -138,26 +154,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _reference_swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-    """In blocks too: the last elements of a long vector take another path, of other rounding."""
-    out = z.new_empty(len(z), z.shape[1] // 2)
-    for part in _blocks(0, len(z)):
-        out[part] = swiglu(z[part], None if scores is None else scores[part])
-    return out
+def _reference_swiglu(
+    z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
+) -> torch.Tensor:
+    """In full blocks too: the last few numbers of a vector are computed, and rounded, otherwise."""
+    factors = z.new_ones(len(z)) if scores is None else scores
+    blocks = zip(_full_blocks(z), _full_blocks(factors), strict=True)
+    return torch.cat([swiglu(*block, gating) for block in blocks])[: len(z)]
 
 
 def _reference_swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None
+    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    act, d_z = torch.empty_like(d_act), torch.empty_like(z)
-    d_scores = None if scores is None else torch.empty_like(scores)
-    for part in _blocks(0, len(z)):
-        if scores is None:
-            act[part], d_z[part], _ = swiglu_backward(d_act[part], z[part], None)
-        else:
-            of_part = swiglu_backward(d_act[part], z[part], scores[part])
-            act[part], d_z[part], d_scores[part] = of_part
-    return act, d_z, d_scores
+    factors = z.new_ones(len(z)) if scores is None else scores
+    blocks = zip(_full_blocks(d_act), _full_blocks(z), _full_blocks(factors), strict=True)
+    results = zip(*(swiglu_backward(*block, gating) for block in blocks), strict=True)
+    act, d_z, d_scores = (torch.cat(parts)[: len(z)] for parts in results)
+    return act, d_z, None if scores is None else d_scores
 
 
 GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)

@@ -5,13 +5,28 @@ GEMM has kernels for few dtypes under fake tensors and compile; and so that back
 it needs: the rows (or where they were gathered from), the pre-activation z (R, 2F) and scores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchtitan.ops.expert_kernels import Kernels, choose
+from torchtitan.ops.swiglu import Gating
+
+
+class Weights(NamedTuple):
+    """What e experts are made of; biases may be absent."""
+
+    w13: Tensor
+    """(e, 2, F, D): gate before up."""
+    w2: Tensor
+    """(e, D, F)"""
+    b13: Tensor | None
+    """(e, 2, F)"""
+    b2: Tensor | None
+    """(e, D)"""
 
 
 @torch.library.custom_op("torchtitan::grouped_experts", mutates_args=())
@@ -19,26 +34,31 @@ def grouped_experts(
     rows: Tensor,
     w13: Tensor,
     w2: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
     source: Tensor | None,
     tokens: Tensor | None,
+    gating: Sequence[float],
     backend: str,
     max_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """y = (silu(gate) * up * scores) w2^T (R, D), and z = (gate, up) = rows w13^T (R, 2F).
+    """y = scores * (gated(z) w2^T + b2) (R, D), and z = rows w13^T + b13 (R, 2F).
 
-    rows (R, D); w13 (e, 2, F, D), gate before up; w2 (e, D, F); counts (e,) int64, whose sum may be
-    below R: after it, y is 0 and z undefined. scores (R,) fp32 or None for 1. rows = source[tokens]
-    where those are given, and backward keeps them in place of rows. At most max_rows > 0 rows of
-    intermediates exist at a time; z is then empty and computed again in backward.
+    rows (R, D); weights as in `Weights`; counts (e,) int64, whose sum may be below R: after it, y
+    is 0 and z undefined. scores (R,) fp32 or None for 1. rows = source[tokens] where those are
+    given, and backward keeps them in place of rows. `gating` has the fields of `Gating`. At most
+    max_rows > 0 rows of intermediates exist at a time; z is then empty, computed again in backward.
     """
+    weights = Weights(w13, w2, b13, b2)
     kernels = _kernels(backend, w13)
     if not max_rows:
-        return _forward(kernels, rows, w13, w2, counts, scores)
+        return _forward(kernels, rows, weights, counts, scores, Gating(*gating))
     y = rows.new_empty(len(rows), w2.shape[1])
     for part, inside in _parts(len(rows), counts, max_rows):
-        y[part], _ = _forward(kernels, rows[part], w13, w2, inside, _at(scores, part))
+        scores_in = None if scores is None else scores[part]
+        y[part], _ = _forward(kernels, rows[part], weights, inside, scores_in, Gating(*gating))
     return y, _no_rows(rows, w13)
 
 
@@ -50,43 +70,60 @@ def grouped_experts_backward(
     tokens: Tensor | None,
     w13: Tensor,
     w2: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
+    gating: Sequence[float],
     backend: str,
     max_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows (R, D), w13, w2 and scores (R,), the last one empty where scores is None.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows, w13, w2, b13, b2 and scores; empty where there is no such input.
 
     With `tokens` given, `rows` is the tensor that they index.
     """
+    weights = Weights(w13, w2, b13, b2)
     kernels = _kernels(backend, w13)
     if not max_rows:
         rows = rows if tokens is None else rows.index_select(0, tokens)
-        return _backward(kernels, d_y, z, rows, w13, w2, counts, scores)
-    d_rows = d_y.new_empty(len(d_y), w13.shape[3])
-    d_scores = _no_scores(d_y) if scores is None else torch.empty_like(scores)
+        return _backward(kernels, d_y, z, rows, weights, counts, scores, Gating(*gating))
+    d_rows, d_scores = d_y.new_empty(len(d_y), w13.shape[3]), _empty_like(scores, d_y)
     # Many parts may hold rows of one expert: their sum is rounded once.
-    d_w13, d_w2 = (w.new_zeros(w.shape, dtype=_wide(w)) for w in (w13, w2))
+    sums = [_empty_like(weight, d_y, _wide(d_y)).zero_() for weight in weights]
     for part, inside in _parts(len(d_y), counts, max_rows):
         rows_in = rows[part] if tokens is None else rows.index_select(0, tokens[part])
-        z_in = kernels.rows(rows_in, w13.flatten(1, 2).mT, inside)
-        of_part = _backward(kernels, d_y[part], z_in, rows_in, w13, w2, inside, _at(scores, part))
-        d_rows[part] = of_part[0]
-        d_w13 += of_part[1]
-        d_w2 += of_part[2]
-        if scores is not None:
-            d_scores[part] = of_part[3]
-    return d_rows, d_w13.to(w13.dtype), d_w2.to(w2.dtype), d_scores
+        scores_in = None if scores is None else scores[part]
+        z_in = _preactivation(kernels, rows_in, weights, inside)
+        of_part = _backward(
+            kernels, d_y[part], z_in, rows_in, weights, inside, scores_in, Gating(*gating)
+        )
+        d_rows[part], *of_weights, d_scores[part] = of_part
+        for total, term in zip(sums, of_weights, strict=True):
+            total += term
+    return d_rows, *(total.to(w13.dtype) for total in sums), d_scores
 
 
 def _forward(
-    kernels: Kernels, rows: Tensor, w13: Tensor, w2: Tensor, counts: Tensor, scores: Tensor | None
+    kernels: Kernels,
+    rows: Tensor,
+    weights: Weights,
+    counts: Tensor,
+    scores: Tensor | None,
+    gating: Gating,
 ) -> tuple[Tensor, Tensor]:
     if not len(rows):
-        return rows.new_empty(0, w2.shape[1]), _no_rows(rows, w13)
-    z = kernels.rows(rows, w13.flatten(1, 2).mT, counts)
-    y = kernels.rows(kernels.swiglu(z, scores), w2.mT, counts)
-    return y.masked_fill_(_after(counts, y), 0), z
+        return rows.new_empty(0, weights.w2.shape[1]), _no_rows(rows, weights.w13)
+    z = _preactivation(kernels, rows, weights, counts)
+    y = kernels.rows(kernels.swiglu(z, scores, gating), weights.w2.mT, counts)
+    if weights.b2 is not None:
+        bias = _per_row(weights.b2, counts, len(rows))
+        y += bias if scores is None else (bias * scores.unsqueeze(1)).to(bias.dtype)
+    return kernels.clear_after(y, counts), z
+
+
+def _preactivation(kernels: Kernels, rows: Tensor, weights: Weights, counts: Tensor) -> Tensor:
+    z = kernels.rows(rows, weights.w13.flatten(1, 2).mT, counts)
+    return z if weights.b13 is None else z + _per_row(weights.b13.flatten(1), counts, len(rows))
 
 
 def _backward(
@@ -94,25 +131,49 @@ def _backward(
     d_y: Tensor,
     z: Tensor,
     rows: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    weights: Weights,
     counts: Tensor,
     scores: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gating: Gating,
+) -> tuple[Tensor, ...]:
+    """Gradients of rows, w13, w2, b13, b2 and scores."""
+    w13, w2, b13, b2 = weights
     if not len(rows):
-        return torch.empty_like(rows), torch.zeros_like(w13), torch.zeros_like(w2), _no_scores(d_y)
-    act, d_z, d_scores = kernels.swiglu_backward(kernels.rows(d_y, w2, counts), z, scores)
+        of_weights = (_empty_like(weight, d_y).zero_() for weight in weights)
+        return torch.empty_like(rows), *of_weights, _empty_like(scores, d_y)
+    d_act = kernels.rows(d_y, w2, counts)
+    act, d_z, d_scores = kernels.swiglu_backward(d_act, z, scores, gating)
     d_w2 = kernels.weights(d_y, act, counts)
     d_w13 = kernels.weights(d_z, rows, counts).view_as(w13)
-    d_rows = kernels.rows(d_z, w13.flatten(1, 2), counts)
-    after = _after(counts, d_rows)
-    d_scores = _no_scores(d_y) if d_scores is None else d_scores.masked_fill_(after.squeeze(1), 0)
-    return d_rows.masked_fill_(after, 0), d_w13, d_w2, d_scores
+    d_rows = kernels.clear_after(kernels.rows(d_z, w13.flatten(1, 2), counts), counts)
+    d_b13, d_b2 = _empty_like(None, d_y), _empty_like(None, d_y)
+    if b13 is not None:
+        d_b13 = _sum_groups(kernels, d_z, None, counts).view_as(b13)
+    if b2 is not None:
+        d_b2 = _sum_groups(kernels, d_y, scores, counts)
+    if scores is None:
+        return d_rows, d_w13, d_w2, d_b13, d_b2, _empty_like(None, d_y)
+    if b2 is not None:
+        wide = d_y.to(_wide(d_y))
+        d_scores += (wide * _per_row(b2, counts, len(rows))).sum(1).to(scores.dtype)
+    return d_rows, d_w13, d_w2, d_b13, d_b2, kernels.clear_after(d_scores, counts)
 
 
-def _after(counts: Tensor, rows: Tensor) -> Tensor:
-    """(R, 1): which rows belong to no expert. Nothing has written them."""
-    return (torch.arange(len(rows), device=rows.device) >= counts.sum()).unsqueeze(1)
+def _per_row(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
+    """(R, N) of each row's expert's bias (e, N); rows of no expert get the last one."""
+    index = torch.arange(num_rows, device=bias.device)
+    experts = torch.searchsorted(counts.cumsum(0), index, right=True)
+    return bias.index_select(0, experts.clamp(max=len(bias) - 1))
+
+
+def _sum_groups(kernels: Kernels, x: Tensor, factors: Tensor | None, counts: Tensor) -> Tensor:
+    """Sums of x (R, N), weighted by factors (R,), over each expert's rows: (e, N).
+
+    As a matrix product: deterministic, and without unused rows. 16 bytes is its narrowest operand.
+    """
+    ones = x.new_ones(len(x), 16 // x.itemsize)
+    column = ones if factors is None else (ones * factors.unsqueeze(1)).to(x.dtype)
+    return kernels.weights(x, column, counts)[..., 0].contiguous()
 
 
 def _parts(num_rows: int, counts: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -129,13 +190,9 @@ def _no_rows(rows: Tensor, w13: Tensor) -> Tensor:
     return rows.new_empty(0, 2 * w13.shape[2])
 
 
-def _no_scores(d_y: Tensor) -> Tensor:
-    """The gradient of scores that are not there: operators return tensors only."""
-    return d_y.new_empty(0, dtype=torch.float32)
-
-
-def _at(scores: Tensor | None, part: slice) -> Tensor | None:
-    return None if scores is None else scores[part]
+def _empty_like(x: Tensor | None, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for x's gradient; nothing where there is no x, since operators return tensors only."""
+    return other.new_empty(0) if x is None else torch.empty_like(x, dtype=dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -147,33 +204,34 @@ def _kernels(backend: str, w13: Tensor) -> Kernels:
 
 
 @grouped_experts.register_fake
-def _(rows, w13, w2, counts, scores, source, tokens, backend, max_rows):
+def _(rows, w13, w2, b13, b2, counts, scores, source, tokens, gating, backend, max_rows):
     z = _no_rows(rows, w13) if max_rows else rows.new_empty(len(rows), 2 * w13.shape[2])
     return rows.new_empty(len(rows), w2.shape[1]), z
 
 
 @grouped_experts_backward.register_fake
-def _(d_y, z, rows, tokens, w13, w2, counts, scores, backend, max_rows):
-    d_scores = _no_scores(d_y) if scores is None else torch.empty_like(scores)
-    d_rows = d_y.new_empty(len(d_y), w13.shape[3])
-    return d_rows, torch.empty_like(w13), torch.empty_like(w2), d_scores
+def _(d_y, z, rows, tokens, w13, w2, b13, b2, counts, scores, gating, backend, max_rows):
+    like = (_empty_like(x, d_y) for x in (w13, w2, b13, b2, scores))
+    return d_y.new_empty(len(d_y), w13.shape[3]), *like
 
 
 def _save(ctx, inputs, output):
-    rows, w13, w2, counts, scores, source, tokens, ctx.backend, ctx.max_rows = inputs
+    rows, *weights, counts, scores, source, tokens, ctx.gating, ctx.backend, ctx.max_rows = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
     kept = rows if source is None else source
-    ctx.save_for_backward(z, kept, tokens, w13, w2, counts, scores)
+    ctx.save_for_backward(z, kept, tokens, *weights, counts, scores)
 
 
 def _gradients(ctx, d_y, _):
-    z, kept, tokens, w13, w2, counts, scores = ctx.saved_tensors
-    d_rows, d_w13, d_w2, d_scores = grouped_experts_backward(
-        d_y.contiguous(), z, kept, tokens, w13, w2, counts, scores, ctx.backend, ctx.max_rows
+    z, kept, tokens, *weights, counts, scores = ctx.saved_tensors
+    options = ctx.gating, ctx.backend, ctx.max_rows
+    d_rows, *d_weights, d_scores = grouped_experts_backward(
+        d_y.contiguous(), z, kept, tokens, *weights, counts, scores, *options
     )
+    d_weights = (d if weight is not None else None for d, weight in zip(d_weights, weights))
     d_scores = None if scores is None else d_scores
-    return d_rows, d_w13, d_w2, None, d_scores, None, None, None, None
+    return d_rows, *d_weights, None, d_scores, None, None, None, None, None
 
 
 grouped_experts.register_autograd(_gradients, setup_context=_save)
@@ -181,11 +239,12 @@ grouped_experts.register_autograd(_gradients, setup_context=_save)
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts)
 def _(rows, w13, *args, out_shape=None, **kwargs) -> int:
-    """Multiplications and additions of three kernels."""
+    """Multiplications and additions of three products."""
     return 6 * rows[0] * w13[2] * w13[3]
 
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts_backward)
-def _(d_y, z, rows, tokens, w13, w2, counts, scores, backend, max_rows, **kwargs) -> int:
+def _(d_y, z, rows, tokens, w13, *args, **kwargs) -> int:
     """Two products for each one of forward; and the first one again where z was not kept."""
-    return (12 + (4 if max_rows else 0)) * d_y[0] * w13[2] * w13[3]
+    again = 4 * (d_y[0] - z[0])
+    return (12 * d_y[0] + again) * w13[2] * w13[3]

@@ -3,31 +3,43 @@
 R rows, F hidden width. Arithmetic is in fp32 (fp64 for fp64), each result rounded once.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 
 
-def swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
-    """silu(gate) * up * score of z = (gate, up) (R, 2F) and scores (R,): (R, F) in z's dtype."""
+class Gating(NamedTuple):
+    """gate * sigmoid(alpha * gate) * (up + up_offset): SwiGLU, or with 1.702, 7 and 1 gpt-oss's."""
+
+    alpha: float = 1.0
+    limit: float = float("inf")
+    """Before all else, gate is cut off above it, and up on both sides."""
+    up_offset: float = 0.0
+
+
+def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torch.Tensor:
+    """The gated activation of z = (gate, up) (R, 2F), times scores (R,): (R, F) in z's dtype."""
     gate, up = _wide(z).chunk(2, dim=1)
-    act = F.silu(gate) * up
+    gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+    act = gate * torch.sigmoid(gating.alpha * gate) * (up + gating.up_offset)
     return (act if scores is None else act * scores.unsqueeze(1)).to(z.dtype)
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None
+    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """From the gradient d_act (R, F) of `swiglu`'s result: that result, d_z and d_scores (R,)."""
     gate, up = _wide(z).chunk(2, dim=1)
-    gradient = _wide(d_act)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    act, d_scores = silu * up, None
+    inside = gate <= gating.limit, up.abs() <= gating.limit
+    gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+    sigmoid, up = torch.sigmoid(gating.alpha * gate), up + gating.up_offset
+    glu = gate * sigmoid
+    act, gradient, d_scores = glu * up, _wide(d_act), None
     if scores is not None:
         d_scores = (gradient * act).sum(1).to(scores.dtype)
         act, gradient = act * scores.unsqueeze(1), gradient * scores.unsqueeze(1)
-    d_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
-    d_z = torch.cat([d_gate, gradient * silu], dim=1)
+    d_gate = gradient * up * (sigmoid + gating.alpha * glu * (1 - sigmoid))
+    d_z = torch.cat([d_gate.where(inside[0], 0), (gradient * glu).where(inside[1], 0)], dim=1)
     return act.to(z.dtype), d_z.to(z.dtype), d_scores
 
 

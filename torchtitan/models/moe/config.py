@@ -14,6 +14,10 @@ class MoEConfig:
     """Hidden width of one expert."""
     num_shared_experts: int = 0
     """Experts that every token uses, computed as one feed-forward layer of that many widths."""
+    activation: Literal["swiglu", "gpt_oss"] = "swiglu"
+    """Between an expert's projections; gpt-oss's is clamped and leans on a steeper sigmoid."""
+    experts_bias: bool = False
+    """The experts' projections have biases."""
 
     score_func: Literal["softmax", "sigmoid"] = "softmax"
     """Turns router logits into scores, in fp32."""

@@ -31,6 +31,8 @@ class MoE(nn.Module):
             residual_std,
             config.experts_backend,
             config.max_rows_per_chunk,
+            config.activation,
+            config.experts_bias,
         )
         shared_dim = config.num_shared_experts * config.ffn_dim
         self.shared_experts = FeedForward(dim, shared_dim, residual_std) if shared_dim else None

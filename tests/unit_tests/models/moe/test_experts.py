@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.ops import expert_kernels
 from torchtitan.ops.experts import grouped_experts, grouped_experts_backward
+from torchtitan.ops.swiglu import Gating
 
 COUNTS = {
     "uneven": [3, 0, 5, 1],
@@ -28,6 +29,7 @@ KERNELS = {
     "reference": ("reference", torch.float32, 10, 7),
     "reference in bf16": ("reference", torch.bfloat16, 16, 24),
 }
+GPT_OSS = {"activation": "gpt_oss", "bias": True}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -40,8 +42,8 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def build(backend="auto", dtype=torch.float32, dim=16, hidden=24, max_rows=0, num_experts=4):
-    experts = GroupedExperts(dim, hidden, num_experts, 0.02, backend, max_rows)
+def build(dtype=torch.float32, dim=16, hidden=24, num_experts=4, **options):
+    experts = GroupedExperts(dim, hidden, num_experts, residual_std=0.02, **options)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype) / 2
@@ -59,37 +61,30 @@ def inputs(counts, dtype=torch.float32, dim=16, unused=0, seed=1):
     return rows.requires_grad_(), torch.tensor(counts), scores.requires_grad_()
 
 
-def one_by_one(w13, w2, rows, counts, scores):
+def gated(gate, up, gating):
+    if gating == Gating():
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+    return (up + 1) * gate * torch.sigmoid(gating.alpha * gate)  # transformers' GptOssExperts
+
+
+def one_by_one(rows, counts, scores, gating, w13, w2, b13=None, b2=None):
     """Each row by itself, in fp64 under autograd."""
-    out, start = torch.zeros_like(rows), 0
+    out, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         for row in range(start, start + count):
-            gate, up = w13[expert] @ rows[row]
-            out[row] = w2[expert] @ (F.silu(gate) * up) * (1 if scores is None else scores[row])
+            gate, up = w13[expert] @ rows[row] + (0 if b13 is None else b13[expert])
+            y = w2[expert] @ gated(gate, up, gating) + (0 if b2 is None else b2[expert])
+            out.append(y * (1 if scores is None else scores[row]))
         start += count
-    return out
+    out += torch.zeros(len(rows) - start, rows.shape[1])
+    return torch.stack(out) if out else torch.zeros_like(rows)
 
 
-def run(forward, leaves, upstream):
+def gradients(out, leaves, upstream):
     """The output and the gradients of `leaves`, all in fp64."""
-    out = forward(*leaves)
-    gradients = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
-    return [tensor.double() for tensor in (out.detach(), *gradients)]
-
-
-def reference(experts, rows, counts, scores, upstream):
-    """`run` of the plain formulas, over the rows that belong to an expert and zeros after them."""
-    used = sum(counts.tolist())
-    leaves = [experts.w13, experts.w2, rows, *([] if scores is None else [scores])]
-    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
-
-    def forward(w13, w2, rows, scores=None):
-        out = F.pad(
-            one_by_one(w13, w2, rows[:used], counts, scores), (0, 0, 0, len(rows) - used)
-        )
-        return out + 0 * sum(leaf.sum() for leaf in leaves)  # all take part, though there be no row
-
-    return run(forward, leaves, upstream)
+    of_leaves = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+    return [tensor.double() for tensor in (out.detach(), *of_leaves)]
 
 
 def assert_close(actual, expected, tolerance):
@@ -98,25 +93,31 @@ def assert_close(actual, expected, tolerance):
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("form", [{}, GPT_OSS], ids=["swiglu", "gpt_oss"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("unused", [0, 5])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
-def test_outputs_and_gradients_equal_each_row_by_itself(kernels, counts, unused, weighted):
+def test_outputs_and_gradients_equal_each_row_by_itself(kernels, counts, unused, weighted, form):
     backend, dtype, dim, hidden = kernels
-    experts = build(backend, dtype, dim, hidden)
+    experts = build(dtype, dim, hidden, backend=backend, **form)
     rows, counts, scores = inputs(counts, dtype, dim, unused)
+    leaves = [rows, *([scores] if weighted else []), *experts.parameters()]
     scores = scores if weighted else None
     upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     upstream[len(rows) - unused :] = float("nan")
-    leaves = [experts.w13, experts.w2, rows, *([scores] if weighted else [])]
-    actual = run(lambda w13, w2, rows, scores=None: experts(rows, counts, scores), leaves, upstream)
-    clean = rows.detach().nan_to_num(0)
-    expected = reference(experts, clean, counts, scores, upstream.nan_to_num(0))
+    actual = gradients(experts(rows, counts, scores), leaves, upstream)
+
+    exact = [leaf.detach().double().nan_to_num(0).requires_grad_() for leaf in leaves]
+    weights = exact[1 + weighted :]
+    plain = one_by_one(exact[0], counts, exact[1] if weighted else None, experts.gating, *weights)
+    plain = plain + 0 * sum(leaf.sum() for leaf in exact)  # all take part, though no row does
+    expected = gradients(plain, exact, upstream.nan_to_num(0))
     assert_close(actual, expected, TOLERANCE[dtype])
-    for tensor in (actual[0], actual[3], *actual[4:]):
-        assert (tensor[len(rows) - unused :] == 0).all()
-    assert (actual[1][counts == 0] == 0).all() and (actual[2][counts == 0] == 0).all()
+    for by_row in actual[: 2 + weighted]:
+        assert (by_row[len(rows) - unused :] == 0).all()
+    for weight in actual[2 + weighted :]:
+        assert (weight[counts == 0] == 0).all()
 
 
 def test_kernels_are_chosen_by_type_and_width():
@@ -139,13 +140,9 @@ def test_chunks_change_nothing(dtype, max_rows, gathered):
     upstream = torch.randn(rows.shape, dtype=dtype)
 
     def with_chunks_of(size):
-        experts = build("auto", dtype, max_rows=size)
-        source = (x, index) if gathered else None
-        return run(
-            lambda w13, w2, rows, scores: experts(rows, counts, scores, source),
-            [experts.w13, experts.w2, rows, scores],
-            upstream,
-        )
+        experts = build(dtype, max_rows_per_chunk=size, **GPT_OSS)
+        out = experts(rows, counts, scores, (x, index) if gathered else None)
+        return gradients(out, [rows, scores, *experts.parameters()], upstream)
 
     assert_close(with_chunks_of(max_rows), with_chunks_of(0), TOLERANCE[dtype] / 10)
 
@@ -167,10 +164,11 @@ class Shapes(TorchDispatchMode):
 def test_chunks_bound_the_rows_of_intermediates():
     experts = build()
     rows, counts, scores = (tensor.detach() for tensor in inputs([30, 0, 9, 1]))
-    weights = (experts.w13.detach(), experts.w2.detach())
+    weights = (experts.w13.detach(), experts.w2.detach(), None, None)
+    given, options = (counts, scores), (Gating(), "auto", 8)
     with Shapes() as shapes:
-        _, z = grouped_experts._init_fn(rows, *weights, counts, scores, None, None, "auto", 8)
-        grouped_experts_backward._init_fn(rows, z, rows, None, *weights, counts, scores, "auto", 8)
+        _, z = grouped_experts._init_fn(rows, *weights, *given, None, None, *options)
+        grouped_experts_backward._init_fn(rows, z, rows, None, *weights, *given, *options)
     heights = {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] in (24, 48)}
     assert max(heights) == 8
 
@@ -178,10 +176,9 @@ def test_chunks_bound_the_rows_of_intermediates():
 @pytest.mark.parametrize("dim, hidden", [(32, 64), (10, 7), (256, 1000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_the_reference_has_the_same_bits_in_any_company(dtype, dim, hidden):
-    experts = build("reference", dtype, dim, hidden, num_experts=2)
+    experts = build(dtype, dim, hidden, num_experts=2, backend="reference")
     rows, counts, scores = inputs([40, 3], dtype, dim)
     d_y = torch.randn_like(rows)
-    weights = (experts.w13, experts.w2)
 
     def outputs(part, counts):
         leaves = [rows[part].detach().requires_grad_(), scores[part].detach().requires_grad_()]
@@ -193,11 +190,10 @@ def test_a_row_of_the_reference_has_the_same_bits_in_any_company(dtype, dim, hid
         alone = outputs(slice(start, stop), torch.tensor([stop - start, 0]))
         for mine, theirs in zip(alone, together, strict=True):
             assert torch.equal(mine, theirs[start:stop])
-    assert all(torch.equal(a, b) for a, b in zip(weights, (experts.w13, experts.w2)))
 
 
 def test_a_zero_row_changes_no_bit_of_the_references_weight_gradients():
-    experts = build("reference")
+    experts = build(backend="reference")
     rows, _, scores = inputs([20])
     rows, scores = rows.detach(), scores.detach()
     at = torch.tensor([0, 5, 6, 20])  # where rows of zeros are put among the others
@@ -216,7 +212,7 @@ def test_a_zero_row_changes_no_bit_of_the_references_weight_gradients():
 
 @pytest.mark.parametrize("max_rows", [0, 3])
 def test_grouped_mm_never_waits_for_the_device(max_rows, monkeypatch):
-    experts = build(max_rows=max_rows)
+    experts = build(max_rows_per_chunk=max_rows)
     rows, counts, scores = inputs([3, 0, 5, 1], unused=2)
 
     def refuse(*args):
@@ -246,7 +242,7 @@ def saved_bytes(forward, *without):
 
 @pytest.mark.parametrize("max_rows, z", [(0, 9 * 48 * 4), (4, 0)])
 def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
-    experts = build(max_rows=max_rows)
+    experts = build(max_rows_per_chunk=max_rows)
     rows, counts, scores = inputs([3, 0, 5, 1])
     x, tokens = torch.randn(3, 16), torch.arange(9) % 3
     weights = (experts.w13, experts.w2)
@@ -258,36 +254,35 @@ def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
     assert saved == x.nbytes + tokens.nbytes + small
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("max_rows", [0, 4])
 @pytest.mark.parametrize("gathered", [True, False])
-def test_the_operator_is_well_formed(gathered, max_rows, weighted):
-    experts = build(max_rows=max_rows)
+def test_the_operator_is_well_formed(gathered, max_rows, weighted, bias):
+    experts = build(bias=bias)
+    weights = (experts.w13, experts.w2, experts.b13, experts.b2)
     rows, counts, scores = inputs([3, 0, 5, 1])
     source = (torch.randn(4, 16), torch.arange(9) % 4) if gathered else (None, None)
     rows = source[0][source[1]].requires_grad_() if gathered else rows
-    arguments = (rows, experts.w13, experts.w2, counts, scores if weighted else None, *source)
-    torch.library.opcheck(grouped_experts, (*arguments, "auto", max_rows))
+    arguments = (rows, *weights, counts, scores if weighted else None, *source)
+    torch.library.opcheck(grouped_experts, (*arguments, [1.702, 7.0, 1.0], "auto", max_rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_compile_takes_any_dtype_whole(dtype):
-    experts = build(dtype=dtype)
-    rows, counts, scores = inputs([3, 0, 5, 1], dtype, unused=2)
-    leaves = [experts.w13, experts.w2, rows, scores]
+    experts = build(dtype, **GPT_OSS)
+    rows, counts, scores = inputs([3, 0, 5, 1], dtype)
     upstream = torch.randn(rows.shape, dtype=dtype)
-
-    def forward(w13, w2, rows, scores):
-        return experts(rows * 2, counts, scores.sin())
-
+    forward = lambda rows, scores: experts(rows * 2, counts, scores.sin())
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=True)
-    eager = [tensor[:9] for tensor in run(forward, leaves, upstream)]
-    for mine, theirs in zip(run(compiled, leaves, upstream), eager, strict=True):
-        assert torch.equal(mine[:9], theirs)
+    leaves = [rows, scores, *experts.parameters()]
+    eager = gradients(forward(rows, scores), leaves, upstream)
+    for mine, theirs in zip(gradients(compiled(rows, scores), leaves, upstream), eager):
+        assert torch.equal(mine, theirs)
 
 
 def test_operations_are_counted():
-    experts = build(max_rows=0)
+    experts = build()
     rows, counts, scores = inputs([3, 0, 5, 1])
     with FlopCounterMode(display=False) as counter:
         experts(rows, counts, scores).sum().backward()

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from torchtitan import routing
 from torchtitan.models.init import parameter_inits
@@ -84,6 +86,32 @@ def test_outputs_and_gradients_equal_a_loop_over_tokens(case, dtype, tolerance, 
     plain = [expected, *torch.autograd.grad(expected, leaves, upstream.double())]
     for mine, theirs in zip(ours, plain, strict=True):
         assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_gpt_oss_equals_transformers():
+    moe = build(
+        torch.float32, activation="gpt_oss", experts_bias=True, router_bias=True,
+        score_chosen_only=True,
+    )  # fmt: skip
+    shape = {"hidden_size": D, "intermediate_size": WIDTH, "num_attention_heads": 4}
+    theirs = GptOssMLP(GptOssConfig(**shape, num_local_experts=E, num_experts_per_tok=K))
+    router, experts = moe.router.gate, moe.experts
+    theirs.router.weight.data, theirs.router.bias.data = router.weight.data, router.bias.data
+    # (E, 2, F, D) to (E, D, 2F) with gate and up in turns.
+    theirs.experts.gate_up_proj.data = experts.w13.data.transpose(1, 2).flatten(1, 2).mT
+    theirs.experts.gate_up_proj_bias.data = experts.b13.data.transpose(1, 2).flatten(1)
+    theirs.experts.down_proj.data = experts.w2.data.mT
+    theirs.experts.down_proj_bias.data = experts.b2.data
+    x = 3 * hidden_states(2, 7, torch.float32).detach()  # some activations beyond the limit
+    x.requires_grad_()
+    upstream = torch.randn(x.shape)
+    ours, plain = moe(x), theirs(x)[0].view_as(x)
+    torch.testing.assert_close(ours, plain)
+    mine = torch.autograd.grad(ours, [x, router.weight, experts.b2, experts.w2], upstream)
+    down = theirs.experts.down_proj_bias, theirs.experts.down_proj
+    other = torch.autograd.grad(plain, [x, theirs.router.weight, *down], upstream)
+    for a, b in zip(mine, (*other[:3], other[3].mT), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
