@@ -128,11 +128,13 @@ _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  #
 
 
 def _attend_varlen(q, k, v, mask: VarlenMask, scale: float | None) -> torch.Tensor:
-    grouped = {"enable_gqa": q.shape[2] != k.shape[2]} if _VARLEN_TAKES_GQA else {}
+    options = {"enable_gqa": q.shape[2] != k.shape[2]} if _VARLEN_TAKES_GQA else {}
+    if scale is not None:
+        options["scale"] = scale
     length, offsets = mask.max_length, mask.offsets
     out = varlen_attn(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        offsets, offsets, length, length, scale=scale, window_size=(-1, 0), **grouped,
+        offsets, offsets, length, length, window_size=(-1, 0), **options,
     )  # fmt: skip
     return out.view_as(q)
 
