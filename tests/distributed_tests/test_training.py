@@ -99,6 +99,7 @@ LAYOUTS = {
     "hsdp2x2": (4, {REPLICATE: 2}),
     "replicate4": (4, {REPLICATE: 4}),
     "tp2": (2, {TENSOR: 2}),
+    "hsdp2x2 x tp2": (8, {TENSOR: 2, REPLICATE: 2}),
     "fsdp2 x tp2, no sp": (4, {TENSOR: 2, "parallelism.no_enable_sequence_parallel": True}),
     "accumulate 4": (1, {"training.local_batch_size": 3}),
     "1 worker": (1, {"training.local_batch_size": 12, "training.dataloader.num_workers": 1}),
@@ -152,10 +153,20 @@ def test_resuming_on_the_same_layout_gives_the_same_bits(tmp_path):
     assert [r["lr"] for r in ours.values()] == [r["lr"] for r in expected.values()]
 
 
-def test_resuming_on_another_layout_gives_the_same_curve(reference, tmp_path):
+RESUMED = {
+    "other data-parallel degrees": [
+        (2, 2, {}),
+        (3, 4, {REPLICATE: 2}),
+        (6, 3, {"training.dataloader.num_workers": 2}),
+    ],
+    "tp2, fsdp4, one process": [(2, 2, {TENSOR: 2}), (4, 4, {}), (6, 1, {})],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_on_another_layout_gives_the_same_curve(reference, tmp_path, name):
     expected, _, _, hashes = reference
-    workers = {"training.dataloader.num_workers": 2}
-    parts = [(2, 2, {}), (3, 4, {REPLICATE: 2}), (6, 3, workers)]
+    parts = RESUMED[name]
     our_hashes, _ = stop_and_resume(tmp_path, parts, **{"checkpoint.interval": 1})
     assert our_hashes == hashes
     for step, record in records(tmp_path).items():

@@ -19,7 +19,6 @@ COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
 @pytest.mark.parametrize(
     "argv",
     [
-        [TP2],
         [HSDP, "--training.global_batch_size=64"],
         [TP2, SHARD1, NO_SP, "--model.flavor=debugmodel_flex_attn", "--training.seq_len=7"],
         [TP2, SHARD1, "--model.overrides.enable_weight_tying=true", "--compile.enable"],
@@ -29,6 +28,13 @@ COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
 def test_right_layouts_pass(argv):
     result = verify(load_config([*COMMON, *argv]))
     assert result.passed, result
+
+
+@pytest.mark.parametrize("argv", [[TP2], [TP2, SHARD1, NO_SP]])
+def test_an_odd_vocabulary_is_split_unevenly(argv):
+    result = verify(load_config([*COMMON, *argv, "--model.overrides.vocab_size=2049"]))
+    assert result.passed, result
+    assert "model.vocab_size: 2049 -> 257" in result.settled
 
 
 def test_large_layouts_are_cut_down_and_said():

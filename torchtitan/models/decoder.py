@@ -22,6 +22,7 @@ from torchtitan.models.limits import (
     no_expert_faults,
     routing_faults,
     sequence_lengths,
+    size_faults,
     tensor_parallel_faults,
 )
 from torchtitan.models.loss import linear_cross_entropy
@@ -78,6 +79,8 @@ class DecoderConfig:
 
     def update_from_config(self, config: JobConfig) -> "DecoderConfig":
         """A copy that knows the run's facts. Raises ConfigError with every fault; changes nothing."""
+        if faults := list(self._size_faults()):
+            raise ConfigError(faults)  # the other rules divide by sizes
         faults = [
             *self._shape_faults(),
             *tensor_parallel_faults(
@@ -98,6 +101,14 @@ class DecoderConfig:
             max_rows_per_chunk=config.moe.max_rows_per_chunk,
         )
         return replace(self, moe=moe, seq_len=max(sequence_lengths(config).values()))
+
+    def _size_faults(self) -> Iterator[Fault]:
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+        yield from size_faults("model.overrides", {name: getattr(self, name) for name in names})
+        if self.moe is not None:
+            names = ("num_experts", "ffn_dim", "num_expert_groups", "num_scores_per_group")
+            sizes = {name: getattr(self.moe, name) for name in names}
+            yield from size_faults("model.overrides.moe", sizes)
 
     def _shape_faults(self) -> Iterator[Fault]:
         """What of the flavor's own fields does not fit together, as overrides may bring about."""
@@ -152,7 +163,8 @@ class DecoderConfig:
             n_heads=heads,
             n_kv_heads=kv_heads,
             ffn_dim=2 * dim,
-            vocab_size=min(self.vocab_size, 256),
+            # Split over the ranks as unevenly as the whole vocabulary.
+            vocab_size=min(self.vocab_size, 256 // tp * tp + self.vocab_size % tp),
             moe=moe,
         )
 
