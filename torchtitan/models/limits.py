@@ -9,6 +9,13 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.models.moe.config import MoEConfig
 
 
+def size_faults(path: str, sizes: Mapping[str, int]) -> Iterator[Fault]:
+    """Nothing can be split into, or made of, less than one; `path` says whose fields they are."""
+    for name, size in sizes.items():
+        if size < 1:
+            yield Fault(f"{path}.{name}", "must be at least 1.", value=size)
+
+
 def tensor_parallel_faults(tp: int, sizes: Mapping[str, int]) -> Iterator[Fault]:
     """`sizes`, by what they are, must all divide by the degree."""
     uneven = [f"{size} ({name})" for name, size in sizes.items() if size % tp]

@@ -5,7 +5,7 @@ import importlib
 import pkgutil
 from dataclasses import fields, is_dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchtitan import models
 from torchtitan.config.faults import ConfigError, Fault
@@ -41,13 +41,16 @@ def _flavors(name: str) -> dict[str, Any]:
 
 def _override(config: Any, overrides: dict[str, Any], path: str) -> Any:
     known = {field.name: getattr(config, field.name) for field in fields(config)}
+    types = get_type_hints(type(config))
     changes, faults = {}, []
     for key, value in overrides.items():
         if key not in known:
             faults.append(_unknown(path, key, list(known)))
         elif is_dataclass(known[key]) and isinstance(value, dict):
             changes[key] = _override(known[key], value, f"{path}.{key}")
-        elif (fault := _type_fault(f"{path}.{key}", known[key], value)) is not None:
+        elif (
+            fault := _type_fault(f"{path}.{key}", types[key], known[key], value)
+        ) is not None:
             faults.append(fault)
         else:
             changes[key] = value
@@ -56,14 +59,19 @@ def _override(config: Any, overrides: dict[str, Any], path: str) -> Any:
     return replace(config, **changes)
 
 
-def _type_fault(path: str, present: Any, value: Any) -> Fault | None:
+def _type_fault(path: str, declared: Any, present: Any, value: Any) -> Fault | None:
+    if get_origin(declared) is Literal:
+        choices = list(get_args(declared))
+        return None if value in choices else _unknown(path, value, choices)
+    if present is None:
+        return Fault(path, "is a part that this flavor does not have.", value=value)
     accepted = (int, float) if isinstance(present, float) else type(present)
     if isinstance(value, accepted) and isinstance(value, bool) == isinstance(present, bool):
         return None
     return Fault(path, f"must be of type {type(present).__name__}.", value=value)
 
 
-def _unknown(setting: str, value: str, known: list[str]) -> Fault:
-    near = difflib.get_close_matches(value, known, n=1)
+def _unknown(setting: str, value: Any, known: list[str]) -> Fault:
+    near = difflib.get_close_matches(str(value), known, n=1)
     remedy = (f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
     return Fault(setting, "no such name.", remedy, value=value)

@@ -107,6 +107,20 @@ def test_the_models_of_config_files_fit_their_layouts(file):
 
 
 FAULTS = [
+    ("--model.overrides.n_heads 0", "model.overrides.n_heads = 0: must be at least 1."),
+    (
+        f"{MOE} --model.overrides.moe.num_expert_groups 0",
+        "model.overrides.moe.num_expert_groups = 0: must be at least 1.",
+    ),
+    (
+        f"{MOE} --model.overrides.moe.score_func sigmoyd",
+        "model.overrides.moe.score_func = \"sigmoyd\": no such name. Did you mean 'sigmoid'? Known: "
+        "softmax, sigmoid.",
+    ),
+    (
+        "--model.overrides.moe.top_k 2",
+        'model.overrides.moe = {"top_k": 2}: is a part that this flavor does not have.',
+    ),
     (
         f"{MOE} --parallelism.expert_parallel_degree 6",
         "parallelism.expert_parallel_degree = 6: does not divide the 64 experts of a layer. "
