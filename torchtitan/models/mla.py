@@ -57,27 +57,28 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.widths = widths
         self.scale = widths.qk_head_dim**-0.5 * score_factor
-        queries, rank = n_heads * widths.qk_head_dim, widths.q_lora_rank
-        if rank:
-            self.wq_a = nn.Linear(dim, rank, bias=False)
-            self.q_norm = nn.RMSNorm(rank, eps=norm_eps)
-            self.wq_b = nn.Linear(rank, queries, bias=False)
-        else:
-            self.wq = nn.Linear(dim, queries, bias=False)
-        self.wkv_a = nn.Linear(dim, widths.kv_lora_rank + widths.qk_rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(widths.kv_lora_rank, eps=norm_eps)
-        keys_values = n_heads * (widths.qk_nope_head_dim + widths.v_head_dim)
-        self.wkv_b = nn.Linear(widths.kv_lora_rank, keys_values, bias=False)
-        self.wo = nn.Linear(n_heads * widths.v_head_dim, dim, bias=False)
         inputs = Normal(0.02, cutoff=3)
         self.inits: dict[str, Init] = {
-            **dict.fromkeys(("wq_a.weight", "wq_b.weight") if rank else ("wq.weight",), inputs),
-            **({"q_norm.weight": Constant(1.0)} if rank else {}),
             "wkv_a.weight": inputs,
             "kv_norm.weight": Constant(1.0),
             "wkv_b.weight": inputs,
             "wo.weight": Normal(residual_std, cutoff=3),
         }
+        queries, rank = n_heads * widths.qk_head_dim, widths.q_lora_rank
+        if rank:
+            self.wq_a = nn.Linear(dim, rank, bias=False)
+            self.q_norm = nn.RMSNorm(rank, eps=norm_eps)
+            self.wq_b = nn.Linear(rank, queries, bias=False)
+            self.inits |= {"wq_a.weight": inputs, "wq_b.weight": inputs}
+            self.inits["q_norm.weight"] = Constant(1.0)
+        else:
+            self.wq = nn.Linear(dim, queries, bias=False)
+            self.inits["wq.weight"] = inputs
+        self.wkv_a = nn.Linear(dim, widths.kv_lora_rank + widths.qk_rope_head_dim, bias=False)
+        self.kv_norm = nn.RMSNorm(widths.kv_lora_rank, eps=norm_eps)
+        keys_values = n_heads * (widths.qk_nope_head_dim + widths.v_head_dim)
+        self.wkv_b = nn.Linear(widths.kv_lora_rank, keys_values, bias=False)
+        self.wo = nn.Linear(n_heads * widths.v_head_dim, dim, bias=False)
 
     @property
     def fragment(self) -> Fragment:

@@ -7,10 +7,12 @@ import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from transformers import DeepseekV3Config as HFConfig
 from transformers import DeepseekV3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.unit_tests.models.helpers import assert_equals_transformers, build
 from torchtitan.models.deepseek_v3 import FLAVORS
 from torchtitan.models.mla import LatentConfig
+from torchtitan.models.rope import YaRNScaling, rope_frequencies
 
 HF_NAMES = {
     "attention.wq_a": "self_attn.q_a_proj",
@@ -98,6 +100,24 @@ def test_v2_equals_transformers(flavor, q_lora_rank):
         DeepseekV2Config(**hf_fields(config), topk_method=method)
     )
     assert_equals_transformers(build(config), reference, config.vocab_size, HF_NAMES)
+
+
+@pytest.mark.parametrize("flavor", ["16B", "671B"])
+def test_positions_are_yarns(flavor):
+    """Full widths, where the blend of short and long wavelengths has many steps."""
+    config = FLAVORS[flavor]
+    ours = rope_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
+    theirs, magnitude = ROPE_INIT_FUNCTIONS["yarn"](HFConfig(**hf_fields(config)))
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
+    assert config.rope_scaling.magnitude == magnitude == 1.0
+
+
+@pytest.mark.parametrize("mscale_all_dim", [0.0, 0.4])
+def test_yarns_magnitude_where_scores_do_not_take_it_over(mscale_all_dim):
+    scaling = YaRNScaling(factor=32.0, original_max_seq_len=4096, mscale_all_dim=mscale_all_dim)
+    config = replace(FLAVORS["671B"], rope_scaling=scaling)
+    _, magnitude = ROPE_INIT_FUNCTIONS["yarn"](HFConfig(**hf_fields(config)))
+    assert scaling.magnitude == pytest.approx(magnitude)
 
 
 @pytest.mark.parametrize(
