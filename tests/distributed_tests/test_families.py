@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.distributed_tests.test_data_parallel import assert_equals_one_process, gradients, job
+from tests.distributed_tests.test_tensor_parallel import axes
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.models import deepseek_v3, qwen3
 
@@ -40,3 +41,11 @@ def reference(request):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_equal_one_process(reference, name):
     assert_equals_one_process(reference, LAYOUTS[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_parameters_are_on_one_mesh(name):
+    """Clipping and the optimizer use foreach kernels on GPUs, which take one mesh at a time."""
+    config = replace(MODELS[name].shrunk(2), n_layers=1, seq_len=8)
+    for found in run_ranks(axes, 2, config, job(tp=TP2)):
+        assert set(found.values()) == {("dp_shard", "tp")}
