@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torchtitan.ops.rows import sum_rows
+
 
 class Decisions:
     """What one forward decided about routing, for its recomputation to repeat."""
@@ -178,13 +180,3 @@ def weight(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 def collect(y: torch.Tensor, order: RowOrder) -> torch.Tensor:
     """The transpose of `spread`: out[t] = sum over k of y[rows[t, k]], in fp32, rounded once."""
     return _Collect.apply(y, order.tokens, order.rows)
-
-
-def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(N, D) and (T, K) to (T, D) in y's dtype."""
-    total = torch.zeros(len(rows), y.shape[1], dtype=torch.float32, device=y.device)
-    wide = y.dtype == torch.float64
-    total = total.double() if wide else total
-    for k in range(rows.shape[1]):
-        total = total + y.index_select(0, rows[:, k])
-    return total.to(y.dtype)

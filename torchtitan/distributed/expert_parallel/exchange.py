@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from torchtitan.routing import RowOrder, once, sum_rows
+from torchtitan.ops.rows import sum_rows
+from torchtitan.routing import RowOrder, once
 
 _GROUPS: dict[str, dist.ProcessGroup] = {}
 _SCORE_BYTES = 16

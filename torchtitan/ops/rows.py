@@ -1,0 +1,39 @@
+"""Operators on rows: sums of some of them for each token, zeros in those nobody has written.
+
+T tokens, K rows a token, D width, R rows.
+"""
+
+import torch
+
+
+@torch.library.custom_op("torchtitan::sum_rows", mutates_args=())
+def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """out[t] = sum over k of y[rows[t, k]]: y (R, D), rows (T, K) int64 -> (T, D) in y's dtype.
+
+    Added in fp32 (fp64 for fp64) in the order of k, rounded once. An operator of its own: inductor of
+    torch 2.11 fuses the sum into a norm's backward that reads what it has not written yet.
+    """
+    if y.is_cuda and y.dtype != torch.float64:
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
+
+        return triton_kernels.sum_rows(y, rows)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    total = torch.zeros(len(rows), y.shape[1], dtype=wide, device=y.device)
+    for k in range(rows.shape[1]):
+        total += y.index_select(0, rows[:, k])
+    return total.to(y.dtype) if total.dtype != y.dtype else total
+
+
+@sum_rows.register_fake
+def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(len(rows), y.shape[1])
+
+
+def zero_rows_after(counts: torch.Tensor, x: torch.Tensor) -> None:
+    """Fill the rows of x (R, D) from counts.sum() on with zeros, in place, without a device sync."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from torchtitan.ops import triton_kernels
+
+        return triton_kernels.zero_rows_after(counts, x)
+    after = torch.arange(len(x), device=x.device) >= counts.sum()
+    x.masked_fill_(after.unsqueeze(1), 0)
