@@ -20,9 +20,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.build import build_model
-from torchtitan.config.faults import EXIT_CONFIG, ConfigError
+from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config
 from torchtitan.config.schema import JobConfig
+from torchtitan.data.batch import Batch
 from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
@@ -31,11 +32,10 @@ from torchtitan.distributed.styles import loss_layout
 from torchtitan.logging import init_logger
 from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
 from torchtitan.preflight import report
-from torchtitan.verify_case import Case, alone, settle, synthetic_batch
+from torchtitan.verify_case import Case, alone, settle
 
 TOLERANCE = 1e-5
 """Of a gradient's relative L2 error and of its norm's ratio; loss and gradient norm likewise."""
-NUM_STEPS = 2
 CPU = torch.device("cpu")
 
 Sabotage = Callable[[nn.Module], None]
@@ -82,8 +82,8 @@ class Report:
     """Every rank has the same bits of the gradient norm."""
     rows: list[Row]
     seconds: float
-    peak_mib: float
-    """Of all ranks together."""
+    peak_mib: list[float]
+    """Resident memory of each rank at its highest, Python and torch included."""
 
     @property
     def passed(self) -> bool:
@@ -105,7 +105,7 @@ def verify(config: JobConfig, full: bool = False, sabotage: Sabotage | None = No
         norms_equal=all(rank.norms == ranks[0].norms for rank in ranks),
         rows=_rows(ranks, reference),
         seconds=time.perf_counter() - start,
-        peak_mib=sum(rank.peak_mib for rank in ranks),
+        peak_mib=[rank.peak_mib for rank in ranks],
     )
 
 
@@ -123,8 +123,8 @@ def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
     set_learning_rate(optimizer, config.optimizer.lr)
     losses, norms, gradients = [], [], []
     with loss_layout(degrees.tp, config.parallelism):
-        for step in range(NUM_STEPS):
-            loss = _forward_backward(model, case, degrees, step)
+        for batch in case.batches:
+            loss = _forward_backward(model, case, degrees, batch)
             norm, loss = global_grad_norm(model.parameters(), loss / degrees.tp)
             losses.append(loss.item())
             norms.append(norm.item())
@@ -140,19 +140,20 @@ def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
     )
 
 
-def _forward_backward(model: nn.Module, case: Case, degrees: Degrees, step: int) -> torch.Tensor:
-    tokens, labels, lengths = synthetic_batch(case, step)
-    num_valid = (labels >= 0).sum()
+def _forward_backward(
+    model: nn.Module, case: Case, degrees: Degrees, batch: Batch
+) -> torch.Tensor:
     training = case.config.training
-    slots = degrees.slots(dist.get_rank(), len(tokens))
+    slots = degrees.slots(dist.get_rank(), len(batch.tokens))
     starts = slots[:: training.local_batch_size]
     loss = torch.zeros(())
     for start in starts:
         rows = slice(start, start + training.local_batch_size)
         is_last = start == starts[-1]
         sync_gradients(model, is_last, training.sync_gradients_each_microbatch)
-        documents = model.documents(lengths[rows], CPU)
-        share = model(tokens[rows], labels[rows], documents) / num_valid
+        documents = model.documents(batch.document_lengths[rows], CPU)
+        loss_sum = model(batch.tokens[rows], batch.labels[rows], documents)
+        share = loss_sum / batch.num_valid_tokens
         share.backward()
         loss += share.detach()
     return loss
@@ -211,8 +212,8 @@ def summary(result: Report) -> str:
     lines += [
         f"loss deviates by {result.loss_deviation:.1e}, gradient norm by "
         f"{result.norm_deviation:.1e} ({norms})",
-        f"{result.world_size} ranks and one, {NUM_STEPS} steps: {result.seconds:.1f} s, "
-        f"{result.peak_mib:.0f} MiB in all ranks",
+        f"{result.world_size} ranks and one: {result.seconds:.1f} s, memory of a rank at most "
+        f"{max(result.peak_mib):.0f} MiB",
     ]
     wrong = [row.name for row in result.rows if not row.passed]
     if result.passed:
@@ -227,21 +228,21 @@ def summary(result: Report) -> str:
 def main(argv: Sequence[str]) -> int:
     """Verify the layout that `argv` describes; 0 equal, 1 wrong, 2 refused."""
     init_logger()
-    argv, full, json_file = _own_options(list(argv))
     try:
-        config = load_config(argv)
-        result = verify(config, full)
+        argv, full, json_file = _own_options(argv)
+        result = verify(load_config(argv), full)
     except ConfigError as error:
         report(error, argv)
         return EXIT_CONFIG
     print(summary(result))
     if json_file:
         content = asdict(result) | {"passed": result.passed, "tolerance": TOLERANCE}
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         Path(json_file).write_text(json.dumps(content, indent=1))
     return 0 if result.passed else 1
 
 
-def _own_options(argv: list[str]) -> tuple[list[str], bool, str | None]:
+def _own_options(argv: Sequence[str]) -> tuple[list[str], bool, str | None]:
     """The arguments for the config, and ours: --verify.full and --verify.json FILE."""
     rest, full, json_file = [], False, None
     words = iter(argv)
@@ -249,11 +250,13 @@ def _own_options(argv: list[str]) -> tuple[list[str], bool, str | None]:
         if word == "--verify.full":
             full = True
         elif word == "--verify.json":
-            json_file = next(words, None)
+            json_file = next(words, "")
         elif word.startswith("--verify.json="):
             json_file = word.partition("=")[2]
         else:
             rest.append(word)
+    if json_file == "":
+        raise ConfigError([Fault("--verify.json", "needs the name of a file.")])
     return rest, full, json_file
 
 

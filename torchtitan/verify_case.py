@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
-import torch
 
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig, Parallelism
-from torchtitan.data.batch import IGNORE_INDEX
+from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
+from torchtitan.verify_data import global_batches
 
 MAX_RANKS = 8
 MAX_SEQ_LEN = 32
@@ -25,6 +25,8 @@ class Case:
 
     config: JobConfig
     model_config: DecoderConfig
+    batches: tuple[Batch, ...]
+    """The global batch of each step."""
     world_size: int
     settled: tuple[str, ...]
     """What was changed of the user's config, in words."""
@@ -52,7 +54,6 @@ def settle(config: JobConfig, full: bool) -> Case:
         notes += _changes("model.", model, small, ("seq_len",))
         model = small
     training = _batch(config, parallelism, world_size // tp, full, notes)
-    notes.append("packed synthetic documents in place of the data; gradients in float32")
     new = replace(
         config,
         parallelism=parallelism,
@@ -61,7 +62,10 @@ def settle(config: JobConfig, full: bool) -> Case:
         debug=replace(config.debug, seed=config.debug.seed or 0),
     )
     model = replace(model, seq_len=training.seq_len)
-    return Case(new, model, world_size, tuple(notes))
+    if model.attn_type != "sdpa":
+        notes.append(f"attention: {model.attn_type} -> SDPA with the same mask, as on every CPU")
+    batches = global_batches(new, model.vocab_size, notes)
+    return Case(new, model, batches, world_size, tuple(notes))
 
 
 def alone(case: Case) -> Case:
@@ -81,23 +85,6 @@ def alone(case: Case) -> Case:
         activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
     )
     return replace(case, config=config, world_size=1)
-
-
-def synthetic_batch(
-    case: Case, step: int
-) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
-    """Tokens and labels (sequences, L), and document lengths; ragged, with unequal valid labels."""
-    draw = np.random.default_rng([case.config.debug.seed, step])
-    shape = (case.config.training.global_batch_size, case.config.training.seq_len)
-    stream = draw.integers(case.model_config.vocab_size, size=(shape[0], shape[1] + 1))
-    tokens, labels = stream[:, :-1].copy(), stream[:, 1:].copy()
-    lengths = []
-    for row in range(shape[0]):
-        cuts = np.flatnonzero(draw.random(shape[1] - 1) < 0.1) + 1
-        lengths.append(np.diff([0, *cuts, shape[1]]).tolist())
-        labels[row, cuts - 1] = IGNORE_INDEX  # a document's last token predicts nothing
-    labels[0] = IGNORE_INDEX  # as a slot whose data has ended
-    return torch.from_numpy(tokens), torch.from_numpy(labels), lengths
 
 
 def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int]:

@@ -7,7 +7,11 @@ import torch
 
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
+from torchtitan.data.batch import batch_hash
+from torchtitan.data.loader import DataConfig, build_loader
+from torchtitan.data.tokenizer import build_tokenizer
 from torchtitan.verify import main, verify
+from torchtitan.verify_case import settle
 
 TP2 = "--parallelism.tensor_parallel_degree=2"
 HSDP = "--parallelism.data_parallel_replicate_degree=2"
@@ -43,6 +47,24 @@ def test_large_layouts_are_cut_down_and_said():
     assert result.world_size == 8 and result.passed
     assert "parallelism.data_parallel_shard_degree: 16 -> 2" in result.settled
     assert "parallelism.tensor_parallel_degree: 8 -> 2" in result.settled
+
+
+def test_the_configs_own_data_is_read_as_a_run_reads_it():
+    config = load_config([*COMMON, SHARD1, "--training.seq_len=64", "--training.local_batch_size=2"])
+    case = settle(config, full=True)
+    data = DataConfig("c4_test", num_slots=2, seq_len=64, seed=0)
+    expected = next(build_loader(data, build_tokenizer(config.model.hf_assets_path), range(2)))
+    assert batch_hash(case.batches[0]) == batch_hash(expected)
+    small = settle(config, full=False)
+    assert "step 1 trains on training.dataset = 'c4_test' (token ids modulo 256)" in str(small.settled)
+    assert torch.equal(small.batches[0].tokens, expected.tokens[:, :32] % 256)
+
+
+def test_data_that_is_not_here_is_replaced_and_said():
+    case = settle(load_config([*COMMON, "--training.dataset=c4"]), full=False)
+    assert "in place of the data: training.dataset = \"c4\": is streamed" in str(case.settled)
+    lengths = case.batches[0].document_lengths
+    assert max(map(len, lengths)) > 1 and {sum(row) for row in lengths} == {32}
 
 
 def double_a_gradient(model):
@@ -98,10 +120,12 @@ def test_odd_lengths_are_refused_with_sequence_parallelism_only():
 
 
 def test_exit_status_and_json(tmp_path, capsys):
-    file = tmp_path / "report.json"
+    file = tmp_path / "new" / "report.json"
     assert main([*COMMON, SHARD1, HSDP, "--verify.json", str(file)]) == 0
     assert "EQUAL to one process" in capsys.readouterr().out
     content = json.loads(file.read_text())
     assert content["passed"] and content["world_size"] == 2
+    assert len(content["peak_mib"]) == 2 and min(content["peak_mib"]) > 50
     assert {"name", "error", "norm_ratio", "replicas_equal"} == set(content["rows"][0])
     assert main([*COMMON, "--model.flavor=nonsense"]) == 2
+    assert main([*COMMON, "--verify.json"]) == 2
