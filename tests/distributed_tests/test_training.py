@@ -1,6 +1,7 @@
 """One config gives the same run on any data-parallel layout, and resuming equals never stopping."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,15 @@ def validated_tokens(folder):
         round(r["validation_tokens_per_second"] * r["validation_seconds"])
         for r in by_step(folder).values()
     ]
+
+
+def test_every_key_of_metrics_jsonl_is_documented(tmp_path):
+    one_step = {"training.steps": 1, "validation.steps": 1}
+    run(tmp_path, **VALIDATION | one_step)
+    keys = {key for line in open(tmp_path / "metrics.jsonl") for key in json.loads(line)}
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    fields = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert "validation_loss" in keys and keys <= set(re.findall(r"`(\w+)`", " ".join(fields)))
 
 
 def phases(settings):
