@@ -5,7 +5,7 @@ be below R: what `rows` gives for the rows after them is undefined, and `weights
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -48,10 +48,22 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int)
         return REFERENCE
     assert backend == "auto", f"unknown backend {backend!r}"
     if all(width * dtype.itemsize % 16 == 0 for width in widths) and _has_grouped_mm(dtype, device):
-        return GROUPED_MM
+        return _on_gpu() if device.type == "cuda" else GROUPED_MM
     if device.type == "cuda":
         _warn_of_loop(dtype, widths)
     return LOOP
+
+
+@cache
+def _on_gpu() -> Kernels:
+    from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
+
+    return replace(
+        GROUPED_MM,
+        swiglu=triton_kernels.swiglu,
+        swiglu_backward=triton_kernels.swiglu_backward,
+        clear_after=triton_kernels.clear_after,
+    )
 
 
 @cache

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchtitan.ops.expert_kernels import Kernels, choose
-from torchtitan.ops.rows import zero_rows_after
 from torchtitan.ops.swiglu import Gating
 
 

@@ -1,7 +1,4 @@
-"""Operators on rows: sums of some of them for each token, zeros in those nobody has written.
-
-T tokens, K rows a token, D width, R rows.
-"""
+"""The sum of each token's rows, as an operator. T tokens, K rows a token, R rows, D width."""
 
 import torch
 
@@ -27,13 +24,3 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 @sum_rows.register_fake
 def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return y.new_empty(len(rows), y.shape[1])
-
-
-def zero_rows_after(counts: torch.Tensor, x: torch.Tensor) -> None:
-    """Fill the rows of x (R, D) from counts.sum() on with zeros, in place, without a device sync."""
-    if x.is_cuda and x.dtype != torch.float64:
-        from torchtitan.ops import triton_kernels
-
-        return triton_kernels.zero_rows_after(counts, x)
-    after = torch.arange(len(x), device=x.device) >= counts.sum()
-    x.masked_fill_(after.unsqueeze(1), 0)

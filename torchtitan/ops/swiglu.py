@@ -19,10 +19,6 @@ class Gating(NamedTuple):
 
 def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torch.Tensor:
     """The gated activation of z = (gate, up) (R, 2F), times scores (R,): (R, F) in z's dtype."""
-    if z.is_cuda and z.dtype != torch.float64:
-        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
-
-        return triton_kernels.swiglu(z, scores)
     gate, up = _wide(z).chunk(2, dim=1)
     gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
     act = gate * torch.sigmoid(gating.alpha * gate) * (up + gating.up_offset)
@@ -33,10 +29,6 @@ def swiglu_backward(
     d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """From the gradient d_act (R, F) of `swiglu`'s result: that result, d_z and d_scores (R,)."""
-    if z.is_cuda and z.dtype != torch.float64:
-        from torchtitan.ops import triton_kernels
-
-        return triton_kernels.swiglu_backward(d_act, z, scores)
     gate, up = _wide(z).chunk(2, dim=1)
     inside = gate <= gating.limit, up.abs() <= gating.limit
     gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)

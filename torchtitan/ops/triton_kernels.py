@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from torchtitan.ops.swiglu import Gating
+
 _MAX_BLOCK = 2048
 
 
@@ -20,26 +22,27 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def zero_rows_after(counts: torch.Tensor, x: torch.Tensor) -> None:
-    """As ops/rows.py's `zero_rows_after`."""
+def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """As ops/expert_kernels.py's `clear_after`; reads the counts, writes only what is to be zero."""
     if len(x):
-        rows = 64
+        rows, width = 64, x[0].numel()
         experts = triton.next_power_of_2(len(counts))
         grid = (triton.cdiv(len(x), rows),)
-        _zero_rows[grid](x, counts, len(counts), len(x), x.shape[1], experts, rows, 256)
+        _clear_after[grid](x, counts, len(counts), len(x), width, experts, rows, _block(min(width, 256)))
+    return x
 
 
-def swiglu(z: torch.Tensor, scores: torch.Tensor | None) -> torch.Tensor:
+def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torch.Tensor:
     """As ops/swiglu.py's `swiglu`."""
     out = z.new_empty(len(z), z.shape[1] // 2)
     if len(z):
         width = out.shape[1]
-        _swiglu[(len(z),)](z, scores, out, width, scores is not None, _block(width))
+        _swiglu[(len(z),)](z, scores, out, *gating, width, scores is not None, _block(width))
     return out
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None
+    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As ops/swiglu.py's `swiglu_backward`."""
     act, d_z = torch.empty_like(d_act), torch.empty_like(z)
@@ -47,7 +50,7 @@ def swiglu_backward(
     if len(z):
         width, weighted = d_act.shape[1], scores is not None
         _swiglu_backward[(len(z),)](
-            d_act, z, scores, act, d_z, d_scores, width, weighted, _block(width)
+            d_act, z, scores, act, d_z, d_scores, *gating, width, weighted, _block(width)
         )
     return act, d_z, d_scores
 
@@ -57,7 +60,9 @@ def _block(width: int) -> int:
 
 
 @triton.jit
-def _sum_rows(y, rows, out, width, y_stride, top_k: tl.constexpr, block: tl.constexpr):
+def _sum_rows(
+    y, rows, out, width: tl.constexpr, y_stride, top_k: tl.constexpr, block: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
@@ -70,12 +75,12 @@ def _sum_rows(y, rows, out, width, y_stride, top_k: tl.constexpr, block: tl.cons
 
 
 @triton.jit
-def _zero_rows(
+def _clear_after(
     x,
     counts,
     num_experts,
     num_rows,
-    width,
+    width: tl.constexpr,
     experts: tl.constexpr,
     block_rows: tl.constexpr,
     block: tl.constexpr,
@@ -93,7 +98,22 @@ def _zero_rows(
 
 
 @triton.jit
-def _swiglu(z, scores, out, width, weighted: tl.constexpr, block: tl.constexpr):
+def _clamp(gate, up, limit: tl.constexpr):
+    return tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
+
+
+@triton.jit
+def _swiglu(
+    z,
+    scores,
+    out,
+    alpha: tl.constexpr,
+    limit: tl.constexpr,
+    up_offset: tl.constexpr,
+    width: tl.constexpr,
+    weighted: tl.constexpr,
+    block: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     score = tl.load(scores + row) if weighted else 1.0
     for start in range(0, width, block):
@@ -101,13 +121,25 @@ def _swiglu(z, scores, out, width, weighted: tl.constexpr, block: tl.constexpr):
         inside = columns < width
         gate = tl.load(z + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
         up = tl.load(z + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
-        act = gate * tl.sigmoid(gate) * up * score
+        gate, up = _clamp(gate, up, limit)
+        act = gate * tl.sigmoid(alpha * gate) * (up + up_offset) * score
         tl.store(out + row * width + columns, act.to(out.dtype.element_ty), inside)
 
 
 @triton.jit
 def _swiglu_backward(
-    d_act, z, scores, act, d_z, d_scores, width, weighted: tl.constexpr, block: tl.constexpr
+    d_act,
+    z,
+    scores,
+    act,
+    d_z,
+    d_scores,
+    alpha: tl.constexpr,
+    limit: tl.constexpr,
+    up_offset: tl.constexpr,
+    width: tl.constexpr,
+    weighted: tl.constexpr,
+    block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     score = tl.load(scores + row) if weighted else 1.0
@@ -118,16 +150,19 @@ def _swiglu_backward(
         gate = tl.load(z + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
         up = tl.load(z + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
         gradient = tl.load(d_act + row * width + columns, inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        d_score += gradient * silu * up
-        tl.store(
-            act + row * width + columns, (silu * up * score).to(act.dtype.element_ty), inside
-        )
+        gate_passes, up_passes = gate <= limit, tl.abs(up) <= limit
+        gate, up = _clamp(gate, up, limit)
+        sigmoid, up = tl.sigmoid(alpha * gate), up + up_offset
+        glu = gate * sigmoid
+        d_score += gradient * glu * up
+        weighted_act = (glu * up * score).to(act.dtype.element_ty)
+        tl.store(act + row * width + columns, weighted_act, inside)
         gradient = gradient * score
-        d_gate = gradient * up * (sigmoid + silu * (1 - sigmoid))
+        d_gate = gradient * up * (sigmoid + alpha * glu * (1 - sigmoid))
+        d_gate = tl.where(gate_passes, d_gate, 0.0).to(d_z.dtype.element_ty)
+        d_up = tl.where(up_passes, gradient * glu, 0.0).to(d_z.dtype.element_ty)
         at = d_z + row * 2 * width + columns
-        tl.store(at, d_gate.to(d_z.dtype.element_ty), inside)
-        tl.store(at + width, (gradient * silu).to(d_z.dtype.element_ty), inside)
+        tl.store(at, d_gate, inside)
+        tl.store(at + width, d_up, inside)
     if weighted:
         tl.store(d_scores + row, tl.sum(d_score))
