@@ -1,11 +1,13 @@
-"""The passes between the experts' products: their gradient and rounding."""
+"""The passes between the experts' products: gradients and rounding, Triton's on GPUs too."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from torchtitan.ops import swiglu as swiglu_module
 from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 GATINGS = {"swiglu": Gating(), "gpt_oss": Gating(1.702, 7.0, 1.0), "tight": Gating(1.0, 0.5, 0.0)}
 
 
@@ -41,15 +43,25 @@ def test_backward_equals_autograd(gating, weighted):
         assert d_scores is None
 
 
+@pytest.mark.parametrize("rows, width", [(13, 40), (1, 8), (70, 768), (3, 1408), (2, 2880)])
+@pytest.mark.parametrize("gating", GATINGS.values(), ids=GATINGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_results_are_rounded_once(dtype):
-    z, d_act, scores = inputs(dtype=dtype)
-    wide = z.double(), d_act.double(), scores.double()
-    act, d_z, d_scores = swiglu_backward(d_act, z, scores, Gating())
-    expected = swiglu_backward(wide[1], wide[0], wide[2], Gating())
-    half_step = torch.finfo(dtype).eps / 2
-    pairs = zip((swiglu(z, scores, Gating()), act, d_z), (expected[0], *expected[:2]), strict=True)
-    for mine, exact in pairs:
-        torch.testing.assert_close(mine.double(), exact, rtol=1.01 * half_step, atol=1e-7)
+@pytest.mark.parametrize("device", DEVICES)
+def test_results_are_rounded_once(device, dtype, gating, rows, width):
+    kernels = swiglu_module
+    if device == "cuda":
+        from torchtitan.ops import triton_kernels as kernels  # PyTorch for CPUs has no Triton
+    z, d_act, scores = inputs(rows, width, dtype)
+    wide = d_act.double(), z.double(), scores.double()
+    exact_act, exact_d_z, exact_d_scores = swiglu_backward(*wide, gating)
+    z, d_act, scores = z.to(device), d_act.to(device), scores.to(device)
+    act, d_z, d_scores = (
+        tensor.cpu() for tensor in kernels.swiglu_backward(d_act, z, scores, gating)
+    )
+    half_step = 1.01 * torch.finfo(dtype).eps / 2
+    for mine, exact in [
+        (kernels.swiglu(z, scores, gating).cpu(), exact_act), (act, exact_act), (d_z, exact_d_z)
+    ]:  # fmt: skip
+        torch.testing.assert_close(mine.double(), exact, rtol=half_step, atol=1e-6)
     assert d_scores.dtype == torch.float32
-    torch.testing.assert_close(d_scores.double(), expected[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_scores.double(), exact_d_scores, rtol=1e-4, atol=1e-4)

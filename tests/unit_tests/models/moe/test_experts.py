@@ -3,6 +3,8 @@
 R rows, D model, F expert width, e experts.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ KERNELS = {
     "reference": ("reference", torch.float32, 10, 7),
     "reference in bf16": ("reference", torch.bfloat16, 16, 24),
 }
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 GPT_OSS = {"activation": "gpt_oss", "bias": True}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -36,8 +39,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory is full of NaN: whatever reads a row that nothing wrote, shows it."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert all(torch.empty(3, device=device).isnan().all() for device in DEVICES)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -87,6 +90,15 @@ def gradients(out, leaves, upstream):
     return [tensor.double() for tensor in (out.detach(), *of_leaves)]
 
 
+def on_device(device, experts, leaves, counts, upstream):
+    """`gradients` there of the leaves: rows, perhaps scores, and the experts' weights."""
+    experts = copy.deepcopy(experts).to(device)
+    weights = list(experts.parameters())
+    given = [leaf.detach().to(device).requires_grad_() for leaf in leaves[: -len(weights)]]
+    out = experts(given[0], counts.to(device), *given[1:])
+    return gradients(out, [*given, *weights], upstream.to(device))
+
+
 def assert_close(actual, expected, tolerance):
     for mine, theirs in zip(actual, expected, strict=True):
         assert mine.shape == theirs.shape and mine.isfinite().all()
@@ -98,15 +110,17 @@ def assert_close(actual, expected, tolerance):
 @pytest.mark.parametrize("unused", [0, 5])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
-def test_outputs_and_gradients_equal_each_row_by_itself(kernels, counts, unused, weighted, form):
+@pytest.mark.parametrize("device", DEVICES)
+def test_outputs_and_gradients_equal_each_row_by_itself(
+    device, kernels, counts, unused, weighted, form
+):
     backend, dtype, dim, hidden = kernels
     experts = build(dtype, dim, hidden, backend=backend, **form)
     rows, counts, scores = inputs(counts, dtype, dim, unused)
     leaves = [rows, *([scores] if weighted else []), *experts.parameters()]
-    scores = scores if weighted else None
     upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     upstream[len(rows) - unused :] = float("nan")
-    actual = gradients(experts(rows, counts, scores), leaves, upstream)
+    actual = [tensor.cpu() for tensor in on_device(device, experts, leaves, counts, upstream)]
 
     exact = [leaf.detach().double().nan_to_num(0).requires_grad_() for leaf in leaves]
     weights = exact[1 + weighted :]
