@@ -48,6 +48,9 @@ def settle(config: JobConfig, full: bool) -> Case:
 
     notes: list[str] = []
     parallelism, world_size = _ranks(config.parallelism, notes)
+    if parallelism.enable_async_tensor_parallel:
+        notes.append("parallelism.enable_async_tensor_parallel: True -> False")
+        parallelism = replace(parallelism, enable_async_tensor_parallel=False)
     tp = parallelism.tensor_parallel_degree
     if not full:
         small = model.shrunk(tp)

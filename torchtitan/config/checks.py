@@ -245,12 +245,17 @@ def experts_are_split_by_tensor_degree(config: JobConfig) -> Iterator[Fault]:
         yield Fault("parallelism.expert_tensor_parallel_degree", reason, value=etp)
 
 
-def async_tensor_parallel_needs_a_compiled_model(config: JobConfig) -> Iterator[Fault]:
-    compiled = config.compile.enable and "model" in config.compile.components
-    if config.parallelism.enable_async_tensor_parallel and not compiled:
+def async_tensor_parallel_overlaps_compiled_exchanges(config: JobConfig) -> Iterator[Fault]:
+    setting, parallelism = "parallelism.enable_async_tensor_parallel", config.parallelism
+    if not parallelism.enable_async_tensor_parallel:
+        return
+    if not (config.compile.enable and "model" in config.compile.components):
         reason = "is done by the compiler, and the model is not compiled."
-        remedy = 'Set compile.enable = true with "model" in compile.components.'
-        yield Fault("parallelism.enable_async_tensor_parallel", reason, remedy, True)
+        remedy = "Set compile.enable = true, with model in compile.components."
+        yield Fault(setting, reason, remedy, True)
+    if not parallelism.enable_sequence_parallel:
+        reason = "overlaps the exchanges of sequence parallelism, which is off."
+        yield Fault(setting, reason, "Set parallelism.enable_sequence_parallel = true.", True)
 
 
 def pipeline_splits_the_batch_evenly(config: JobConfig) -> Iterator[Fault]:
@@ -292,7 +297,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     seed_checkpoint_needs_checkpoints,
     early_step_needs_plain_backward,
     experts_are_split_by_tensor_degree,
-    async_tensor_parallel_needs_a_compiled_model,
+    async_tensor_parallel_overlaps_compiled_exchanges,
     pipeline_splits_the_batch_evenly,
     emulated_float8_is_not_compiled,
     warnings_need_determinism,

@@ -30,11 +30,6 @@ class NotBuilt:
 
 NOT_BUILT = (
     NotBuilt(
-        "asynchronous tensor parallelism",
-        PLANNED,
-        ("parallelism.enable_async_tensor_parallel",),
-    ),
-    NotBuilt(
         "pipeline parallelism",
         PLANNED,
         ("parallelism.pipeline_parallel_degree",),

@@ -8,6 +8,7 @@ from torchtitan.distributed.activation_checkpoint import (
     checkpoint_by_op,
     set_memory_budget,
 )
+from torchtitan.distributed.async_tensor_parallel import enable_async_tensor_parallel
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.expert_parallel.apply import apply_expert_parallel
 from torchtitan.distributed.fsdp import Precision, apply_fsdp
@@ -29,6 +30,8 @@ def parallelize(
     if degrees.tp > 1:
         split_regions = not degrees.route_own_tokens(sequence_parallel)
         apply_styles(model, styles, meshes.dense["tp"], sequence_parallel, split_regions)
+        if config.parallelism.enable_async_tensor_parallel:
+            enable_async_tensor_parallel(meshes.dense["tp"])
     if degrees.tp > 1 or degrees.ep > 1:
         apply_expert_parallel(model, styles, degrees, meshes, sequence_parallel)
     set_memory_budget(config.activation_checkpoint)

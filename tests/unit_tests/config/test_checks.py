@@ -38,7 +38,7 @@ def test_our_files_work(file):
 
 
 UPSTREAM_REFUSED = {
-    "llama3_405b": {"parallelism.enable_async_tensor_parallel", "model.converters"},
+    "llama3_405b": {"model.converters"},
 }
 
 
