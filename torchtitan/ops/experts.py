@@ -85,8 +85,7 @@ def grouped_experts_backward(
     weights = Weights(w13, w2, b13, b2)
     kernels = _kernels(backend, w13)
     if not max_rows:
-        rows = rows if tokens is None else rows.index_select(0, tokens)
-        return _backward(kernels, d_y, z, rows, weights, counts, scores, Gating(*gating))
+        return _backward(kernels, d_y, z, rows, tokens, weights, counts, scores, Gating(*gating))
     d_rows, d_scores = d_y.new_empty(len(d_y), w13.shape[3]), _empty_like(scores, d_y)
     # Many parts may hold rows of one expert: their sum is rounded once.
     sums = [_empty_like(weight, d_y, _wide(d_y)).zero_() for weight in weights]
@@ -95,7 +94,7 @@ def grouped_experts_backward(
         scores_in = None if scores is None else scores[part]
         z_in = _preactivation(kernels, rows_in, weights, inside)
         of_part = _backward(
-            kernels, d_y[part], z_in, rows_in, weights, inside, scores_in, Gating(*gating)
+            kernels, d_y[part], z_in, rows_in, None, weights, inside, scores_in, Gating(*gating)
         )
         d_rows[part], *of_weights, d_scores[part] = of_part
         for total, term in zip(sums, of_weights, strict=True):
@@ -131,20 +130,21 @@ def _backward(
     d_y: Tensor,
     z: Tensor,
     rows: Tensor,
+    tokens: Tensor | None,
     weights: Weights,
     counts: Tensor,
     scores: Tensor | None,
     gating: Gating,
 ) -> tuple[Tensor, ...]:
-    """Gradients of rows, w13, w2, b13, b2 and scores."""
+    """Gradients of rows, w13, w2, b13, b2 and scores. No tensor of R rows lives longer than used."""
     w13, w2, b13, b2 = weights
-    if not len(rows):
+    if not len(d_y):
         of_weights = (_empty_like(weight, d_y).zero_() for weight in weights)
-        return torch.empty_like(rows), *of_weights, _empty_like(scores, d_y)
-    d_act = kernels.rows(d_y, w2, counts)
-    act, d_z, d_scores = kernels.swiglu_backward(d_act, z, scores, gating)
+        return d_y.new_empty(0, w13.shape[3]), *of_weights, _empty_like(scores, d_y)
+    act, d_z, d_scores = kernels.swiglu_backward(kernels.rows(d_y, w2, counts), z, scores, gating)
     d_w2 = kernels.weights(d_y, act, counts)
-    d_w13 = kernels.weights(d_z, rows, counts).view_as(w13)
+    del act
+    d_w13 = kernels.weights(d_z, _gather(rows, tokens), counts).view_as(w13)
     d_rows = kernels.clear_after(kernels.rows(d_z, w13.flatten(1, 2), counts), counts)
     d_b13, d_b2 = _empty_like(None, d_y), _empty_like(None, d_y)
     if b13 is not None:
@@ -155,8 +155,12 @@ def _backward(
         return d_rows, d_w13, d_w2, d_b13, d_b2, _empty_like(None, d_y)
     if b2 is not None:
         wide = d_y.to(_wide(d_y))
-        d_scores += (wide * _per_row(b2, counts, len(rows))).sum(1).to(scores.dtype)
+        d_scores += (wide * _per_row(b2, counts, len(d_y))).sum(1).to(scores.dtype)
     return d_rows, d_w13, d_w2, d_b13, d_b2, kernels.clear_after(d_scores, counts)
+
+
+def _gather(rows: Tensor, tokens: Tensor | None) -> Tensor:
+    return rows if tokens is None else rows.index_select(0, tokens)
 
 
 def _per_row(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
