@@ -21,6 +21,7 @@ from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config, located
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.datasets import open_sources, parse_dataset
+from torchtitan.data.loader import position_faults
 from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
 from torchtitan.distributed.comm import World, pick_device
@@ -77,6 +78,7 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
     batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
+    attempt(_check_data_position, config, progress or {})
     if faults:
         raise ConfigError(faults)
     return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size)
@@ -149,6 +151,22 @@ def _batch_size(config: JobConfig, dp: int, progress: Progress) -> int:
         )
         raise ConfigError([fault])
     return global_batch_size(replace(config.training, global_batch_size=saved), dp)
+
+
+def _check_data_position(config: JobConfig, progress: Progress) -> None:
+    """A resumed run reads on in the sources, and by the seed, that it began with."""
+    if "slots" not in progress:
+        return
+    saved, seed = progress["seed"], config.debug.seed
+    faults = []
+    if seed not in (None, saved):
+        reason = f"the checkpoint's data position belongs to seed {saved}."
+        faults.append(Fault("debug.seed", reason, f"Use {saved}, or leave it unset.", seed))
+    training, slots = config.training, progress["slots"]
+    num_sources = len(parse_dataset(training.dataset, training.dataset_path))
+    faults += position_faults(slots, progress["global_batch_size"], num_sources, "training")
+    if faults:
+        raise ConfigError(faults)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,16 +1,32 @@
-"""What a run writes down about itself when it starts: its config files, and the head of its log."""
+"""What a run settles when it starts, and writes down: its config files, and the head of its log."""
 
+import random
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
+from torchtitan.preflight import Setup
+
+
+def resolved_config(setup: Setup) -> JobConfig:
+    """The config with what was left open: the seed, the same on all ranks, and the batch size."""
+    seed = [setup.config.debug.seed]
+    if seed[0] is None:
+        seed[0] = setup.progress.get("seed", random.SystemRandom().getrandbits(31))
+    dist.broadcast_object_list(seed)
+    return replace(
+        setup.config,
+        debug=replace(setup.config.debug, seed=seed[0]),
+        training=replace(setup.config.training, global_batch_size=setup.global_batch_size),
+    )
 
 
 def save_config(config: JobConfig) -> None:

@@ -2,10 +2,8 @@
 
 import gc
 import os
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 
 from torchtitan.build import build_data, build_model
 from torchtitan.checkpoint.manager import CheckpointManager
-from torchtitan.config.schema import JobConfig, Training, Validation
+from torchtitan.config.schema import Training, Validation
 from torchtitan.data.batch import Batch
 from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
@@ -38,7 +36,7 @@ from torchtitan.optim.optimizer import (
 )
 from torchtitan.optim.schedule import describe_schedule, learning_rate
 from torchtitan.preflight import Setup
-from torchtitan.run_record import describe, save_config
+from torchtitan.run_record import describe, resolved_config, save_config
 from torchtitan.validation import validate
 
 
@@ -47,7 +45,7 @@ class Trainer:
 
     def __init__(self, setup: Setup, world: World, device: torch.device, watchdog: Watchdog):
         self.setup, self.world, self.device, self.watchdog = setup, world, device, watchdog
-        self.config = config = _resolved(setup)
+        self.config = config = resolved_config(setup)
         self.step = setup.progress.get("step", 0)
         self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
         self.nonfinite = NonFiniteGuard(config.training)
@@ -77,6 +75,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until the data ends."""
         first = self.step + 1
+        if self.step >= self.config.training.steps:
+            logger.info(f"training.steps = {self.config.training.steps} are done already")
         with ExitStack() as stack:
             recorders = self._enter_recorders(stack)
             while self.step < self.config.training.steps:
@@ -103,6 +103,7 @@ class Trainer:
         stack.enter_context(loss_layout(self.setup.degrees.tp, config.parallelism))
         self.metrics.start(self.step)
         stack.callback(self.metrics.close)
+        stack.callback(self._report_skipped_documents)
         return stack.enter_context(
             StepRecorders(
                 config.profiling,
@@ -232,6 +233,10 @@ class Trainer:
             "slots": {slot: state for states in slots for slot, state in states.items()},
         }
 
+    def _report_skipped_documents(self) -> None:
+        if count := self.loader.num_skipped_documents:
+            logger.warning(f"{count} documents of this rank's data could not be used")
+
     def _collect_garbage(self) -> None:
         """All ranks at the same steps: a collection on one would make the others wait."""
         training = self.config.training
@@ -270,19 +275,6 @@ class Trainer:
         schedule = (config.optimizer.lr, config.lr_scheduler, config.training.steps)
         for line in (*what, describe_optimizer(self.optimizer), describe_schedule(*schedule)):
             logger.info(line)
-
-
-def _resolved(setup: Setup) -> JobConfig:
-    """The config with what was left open: the seed, the same on all ranks, and the batch size."""
-    seed = [setup.config.debug.seed]
-    if seed[0] is None:
-        seed[0] = setup.progress.get("seed", random.SystemRandom().getrandbits(31))
-    dist.broadcast_object_list(seed)
-    return replace(
-        setup.config,
-        debug=replace(setup.config.debug, seed=seed[0]),
-        training=replace(setup.config.training, global_batch_size=setup.global_batch_size),
-    )
 
 
 def _be_deterministic(warn_only: bool) -> None:

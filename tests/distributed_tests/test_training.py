@@ -1,6 +1,7 @@
 """One config gives the same run on any data-parallel layout, and resuming equals never stopping."""
 
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
 from torchtitan.distributed.comm import World
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.logging import logger
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.optim.nonfinite import NonFinite
 from torchtitan.preflight import prepare
@@ -316,3 +318,23 @@ def test_a_run_ends_where_its_data_ends_and_saves(tmp_path):
     assert hashes == ours and 1 < len(hashes) < 100
     saved = [path.name for path in (tmp_path / "two" / "checkpoint").iterdir()]
     assert saved == [f"step-{len(hashes)}"]
+
+
+def messages(settings):
+    """What a rank logs."""
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logger.addHandler(handler)
+    build(settings, Trainer).run()
+    return told
+
+
+def test_lines_that_cannot_be_used_are_named_and_counted(tmp_path):
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"text": "some words " * n}) for n in range(1, 40)]
+    data.write_text("\n".join([*lines, "not JSON", "[]"]))
+    settings = COMMON | {"job.dump_folder": tmp_path, "training.dataset": data}
+    [told] = run_ranks(messages, 1, settings | {"training.no_repeat": True, "training.steps": 100})
+    assert sum(f"document skipped: {data}:4" in line for line in told) == 2  # lines 40 and 41
+    assert told[-1] == "2 documents of this rank's data could not be used"

@@ -71,6 +71,42 @@ def test_mistakes_are_refused_with_one_message(name, tmp_path, monkeypatch, caps
     assert len([line for line in printed.splitlines() if line.startswith("- ")]) == 1, printed
 
 
+RESUMED = {
+    "another seed": (["--debug.seed=2"], "debug.seed = 2 (command line): the checkpoint's data position"),
+    "another batch": (["--training.global_batch_size=16"], "belongs to batches of 8 sequences"),
+    "more sources": (
+        ["--training.dataset=[{name = 'c4_test'}, {name = 'c4_test_validation'}]"],
+        "names 2 sources, the checkpoint was made with 1",
+    ),
+    "weights alone": (["--training.steps=4"], "holds only the weights"),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resume_that_would_read_other_data_is_refused(name, tmp_path, capsys):
+    arguments, expected = RESUMED[name]
+    place = {"turn": 1, "sources": [{"epoch": 0, "document": 0, "offset": 9, "skipped": 0}]}
+    progress = {
+        "step": 2,
+        "n_tokens_seen": 100,
+        "seed": 1,
+        "model_only": name == "weights alone",
+        "global_batch_size": 8,
+        "slots": {str(slot): place for slot in range(8)},
+    }
+    checkpoint = tmp_path / "checkpoint" / "step-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    argv = [*DEBUG, f"--job.dump_folder={tmp_path}", "--checkpoint.enable"]
+    if name != "weights alone":
+        assert main(argv) == 0
+        assert main([*argv, "--debug.seed=1"]) == 0
+    assert main([*argv, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert expected in printed
+    assert len([line for line in printed.splitlines() if line.startswith("- ")]) == 1, printed
+
+
 def test_all_mistakes_are_listed_at_once(tmp_path, capsys):
     argv = ["--training.seq_len=200000", "--optimizer.beta1=2", "--training.dataset=nothing"]
     assert main([*DEBUG, f"--job.dump_folder={tmp_path}", *argv]) == 2

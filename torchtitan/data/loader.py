@@ -45,6 +45,22 @@ def build_loader(config: DataConfig, tokenizer: Tokenizer, slots: range) -> "Loa
     return Loader(config, _SlotStream(config, tokenizer, slots))
 
 
+def position_faults(
+    states: Mapping[str, Any], num_slots: int, num_sources: int, section: str
+) -> list[Fault]:
+    """Why data cannot be read on from the places of a checkpoint, `states` being those of all slots."""
+    if set(states) != set(map(str, range(num_slots))):
+        reason = f"the checkpoint holds the places of {len(states)} sequences of a global batch."
+        remedy = f"Resume with {section}.global_batch_size = {len(states)}."
+        return [Fault(f"{section}.global_batch_size", reason, remedy, num_slots)]
+    saved = len(states["0"]["sources"])
+    if saved != num_sources:
+        reason = f"names {num_sources} sources, the checkpoint was made with {saved}."
+        remedy = "Resume with the same sources in the same order."
+        return [Fault(f"{section}.dataset", reason, remedy)]
+    return []
+
+
 class Loader:
     """Batches without end; after the data (repeat = false) they are empty and `exhausted`."""
 
@@ -148,26 +164,9 @@ class _SlotStream(IterableDataset):
         self.states = {slot.number: slot.state_dict() for slot in self._build(slots)}
 
     def load(self, states: Mapping[str, Any]) -> None:
-        if set(states) != set(map(str, range(self.num_slots))):
-            reason = (
-                f"the checkpoint holds the places of {len(states)} sequences of a global batch."
-            )
-            remedy = f"Resume with {self.section}.global_batch_size = {len(states)}."
-            raise ConfigError(
-                [Fault(f"{self.section}.global_batch_size", reason, remedy, self.num_slots)]
-            )
-        saved = len(states[str(self.slots[0])]["sources"])
-        if saved != len(self.sources):
-            reason = f"names {len(self.sources)} sources, the checkpoint was made with {saved}."
-            raise ConfigError(
-                [
-                    Fault(
-                        f"{self.section}.dataset",
-                        reason,
-                        "Resume with the same sources in the same order.",
-                    )
-                ]
-            )
+        faults = position_faults(states, self.num_slots, len(self.sources), self.section)
+        if faults:
+            raise ConfigError(faults)
         self.states = {slot: states[str(slot)] for slot in self.slots}
 
     def __iter__(self) -> Iterator[_Rows]:
