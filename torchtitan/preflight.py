@@ -24,6 +24,7 @@ from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.loader import position_faults
 from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
+from torchtitan.distributed.async_tensor_parallel import check_async_tensor_parallel
 from torchtitan.distributed.comm import World, pick_device
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.logging import init_logger
@@ -67,6 +68,7 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
 
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
+    attempt(check_async_tensor_parallel, config.parallelism, device)
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
     model = attempt(_model_config, config)
     if model and tokenizer:
