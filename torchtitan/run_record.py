@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,8 @@ def describe(
         f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
         f"{precision.reduce}"
     )
-    axes = ", ".join(f"{axis} {size}" for axis, size in asdict(degrees).items())
+    names = ("dp_replicate", "dp_shard", "tp", *(("ep", "etp") if degrees.ep > 1 else ()))
+    axes = ", ".join(f"{axis} {getattr(degrees, axis)}" for axis in names)
     training = config.training
     yield (
         f"{degrees.dp * degrees.tp} ranks on {device.type}: {axes}; {training.global_batch_size} "
