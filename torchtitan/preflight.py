@@ -19,7 +19,8 @@ from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config, located
-from torchtitan.config.schema import JobConfig, Training, Validation
+from torchtitan.config.names import nearest
+from torchtitan.config.schema import Compile, JobConfig, Training, Validation
 from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.loader import position_faults
 from torchtitan.data.source import Dealing
@@ -66,6 +67,8 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
             faults.extend(fault for fault in error.faults if fault.setting not in known)
             return None
 
+    attempt(_check_dump_folder, config.job.dump_folder)
+    attempt(_check_compiler, config.compile)
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
@@ -94,6 +97,25 @@ def _import(module: str) -> list[Fault]:
         remedy = "It must be importable from where the run is started (see PYTHONPATH)."
         return [Fault("experimental.custom_import", f"{error}.", remedy, value=module)]
     return []
+
+
+def _check_dump_folder(dump_folder: str) -> None:
+    """The folder, or what it would be made in, can be written to."""
+    path = Path(dump_folder).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fault = Fault("job.dump_folder", f"cannot write to {there}.", value=dump_folder)
+        raise ConfigError([fault])
+
+
+def _check_compiler(config: Compile) -> None:
+    if not config.enable:
+        return
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.backend not in known:
+        near = nearest(config.backend, known)
+        remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
+        raise ConfigError([Fault("compile.backend", "no such name.", remedy, config.backend)])
 
 
 def _model_config(config: JobConfig) -> DecoderConfig:

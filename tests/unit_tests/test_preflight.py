@@ -52,6 +52,9 @@ CASES = {
     "not built": (["--parallelism.pipeline_parallel_degree=2"], "not built"),
     "pattern of nothing": (["--optimizer.no_decay=*nrom*"], "matches no parameter"),
     "missing import": (["--experimental.custom_import=no_such_module"], "custom_import"),
+    "unknown compiler": (["--compile.enable", "--compile.backend=indcutor"], 'Did you mean "inductor"?'),
+    "no place to write": (["--job.dump_folder=/dev/null/run"], "cannot write to /dev/null"),
+    "missing step": (["--checkpoint.enable", "--checkpoint.load_step=7"], "no such checkpoint"),
     "missing checkpoint": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
         "not a complete checkpoint",

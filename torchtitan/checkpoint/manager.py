@@ -44,9 +44,9 @@ def find_checkpoint(config: Checkpoint, dump_folder: Path) -> Path | None:
     steps = saved_steps(folder)
     if steps and config.load_step in (-1, *steps):
         return folder / f"step-{steps[-1] if config.load_step == -1 else config.load_step}"
-    if steps:
+    if config.load_step != -1:
         nearest = sorted(steps, key=lambda step: abs(step - config.load_step))[:3]
-        remedy = f"Nearest: {', '.join(map(str, sorted(nearest)))}."
+        remedy = f"Nearest: {', '.join(map(str, sorted(nearest)))}." if nearest else ""
         reason = f"no such checkpoint in {folder}."
         fault = Fault("checkpoint.load_step", reason, remedy, value=config.load_step)
         raise ConfigError([fault])
