@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 
-import numpy as np
-
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig, Parallelism

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
-from torchtitan.distributed.comm import World
+from torchtitan.distributed.comm import BACKEND_GRACE_SECONDS, World
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.logging import logger
 from torchtitan.observability.watchdog import Watchdog
@@ -280,6 +281,39 @@ def test_every_key_of_metrics_jsonl_is_documented(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     fields = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert "validation_loss" in keys and keys <= set(re.findall(r"`(\w+)`", " ".join(fields)))
+
+
+class TimedTrainer(Trainer):
+    """Looks at the timeouts while it saves."""
+
+    def _progress(self):
+        self.while_saving = timeouts(self)
+        return super()._progress()
+
+
+def timeouts(trainer):
+    """Seconds that the backend and the watchdog wait for a rank."""
+    backend = dist.group.WORLD._get_backend(CPU)
+    return backend.options._timeout.total_seconds(), trainer.watchdog._timeout
+
+
+def timeouts_of_a_run(settings):
+    trainer = build(settings, TimedTrainer)
+    trainer.run()
+    return trainer.while_saving, timeouts(trainer)
+
+
+def test_a_save_may_take_longer_than_a_step(tmp_path):
+    settings = COMMON | {
+        "job.dump_folder": tmp_path,
+        "checkpoint.enable": True,
+        "training.steps": 2,
+        "comm.init_timeout_seconds": 200,
+        "comm.train_timeout_seconds": 50,
+    }
+    [(while_saving, afterwards)] = run_ranks(timeouts_of_a_run, 1, settings)
+    grace = BACKEND_GRACE_SECONDS
+    assert (while_saving, afterwards) == ((200 + grace, 200), (50 + grace, 50))
 
 
 def phases(settings):
