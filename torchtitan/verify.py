@@ -29,10 +29,19 @@ from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.distributed.styles import loss_layout
+from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import init_logger
 from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
 from torchtitan.preflight import report
 from torchtitan.verify_case import Case, alone, settle
+from torchtitan.verify_routing import (
+    Flips,
+    LayerRouting,
+    Recorded,
+    Recorder,
+    Replayer,
+    summarize,
+)
 
 TOLERANCE = 1e-5
 """Of a gradient's relative L2 error and of its norm's ratio; loss and gradient norm likewise."""
@@ -52,6 +61,12 @@ class RankResult:
     """Whole gradients of each step, from rank 0 only."""
     shards: dict[str, tuple[tuple[int, ...], bytes]]
     """Which part of each weight the rank holds after the steps, and its bytes."""
+    loads: list[torch.Tensor]
+    """Of each step, tokens by MoE layer and expert over the global batch."""
+    recorded: Recorded
+    """What the routers chose, where that was recorded."""
+    flips: dict[str, Flips]
+    """Where they would have chosen otherwise, where choices were repeated."""
     peak_mib: float
 
 
@@ -81,6 +96,7 @@ class Report:
     norms_equal: bool
     """Every rank has the same bits of the gradient norm."""
     rows: list[Row]
+    routing: list[LayerRouting]
     seconds: float
     peak_mib: list[float]
     """Resident memory of each rank at its highest, Python and torch included."""
@@ -88,15 +104,17 @@ class Report:
     @property
     def passed(self) -> bool:
         close = max(self.loss_deviation, self.norm_deviation) < TOLERANCE
-        return close and self.norms_equal and all(row.passed for row in self.rows)
+        parts = [*self.rows, *self.routing]
+        return close and self.norms_equal and all(part.passed for part in parts)
 
 
 def verify(config: JobConfig, full: bool = False, sabotage: Sabotage | None = None) -> Report:
     """Compare a config's layout with one process. Raises ConfigError where it cannot work at all."""
     start = time.perf_counter()
     case = settle(config, full)
-    reference = run_ranks(run_steps, 1, alone(case), None, timeout=600)[0]
-    ranks = run_ranks(run_steps, case.world_size, case, sabotage, timeout=600)
+    reference = run_ranks(run_steps, 1, alone(case), None, None, timeout=600)[0]
+    recorded = reference.recorded
+    ranks = run_ranks(run_steps, case.world_size, case, sabotage, recorded, timeout=600)
     return Report(
         settled=list(case.settled),
         world_size=case.world_size,
@@ -104,13 +122,17 @@ def verify(config: JobConfig, full: bool = False, sabotage: Sabotage | None = No
         norm_deviation=_deviation(ranks[0].norms, reference.norms),
         norms_equal=all(rank.norms == ranks[0].norms for rank in ranks),
         rows=_rows(ranks, reference),
+        routing=summarize([rank.flips for rank in ranks], ranks[0].loads, reference.loads),
         seconds=time.perf_counter() - start,
         peak_mib=[rank.peak_mib for rank in ranks],
     )
 
 
-def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
-    """Train this rank's part for a few steps; called inside a process group."""
+def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) -> RankResult:
+    """Train this rank's part for a few steps; called inside a process group.
+
+    Routers' choices are those of `recorded`, or are recorded where it is None.
+    """
     # Gathering a weight that is split twice warns on every rank that it takes two collectives.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     config = case.config
@@ -121,30 +143,41 @@ def run_steps(case: Case, sabotage: Sabotage | None) -> RankResult:
         sabotage(model)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     set_learning_rate(optimizer, config.optimizer.lr)
-    losses, norms, gradients = [], [], []
+    num_sequences = config.training.global_batch_size
+    recorder = Recorder(model, num_sequences) if recorded is None else None
+    sequence_parallel = config.parallelism.enable_sequence_parallel
+    replayer = Replayer(model, degrees, sequence_parallel, recorded or {})
+    expert_load = ExpertLoad(model, degrees.ep)
+    losses, norms, gradients, loads = [], [], [], []
     with loss_layout(degrees.tp, config.parallelism):
-        for batch in case.batches:
-            loss = _forward_backward(model, case, degrees, batch)
+        for step in range(len(case.batches)):
+            loss = _forward_backward(model, case, degrees, step, replayer)
             norm, loss = global_grad_norm(model.parameters(), loss / degrees.tp)
             losses.append(loss.item())
             norms.append(norm.item())
             gradients.append({name: _whole_gradient(p) for name, p in model.named_parameters()})
             optimizer.step()
             optimizer.zero_grad()
+            expert_load.finish_step(stepped=True)
+            loads += [] if expert_load.counts is None else [expert_load.counts]
     return RankResult(
         losses,
         norms,
         gradients if dist.get_rank() == 0 else [],
         {name: _shard(p) for name, p in model.named_parameters()},
+        loads,
+        {} if recorder is None else recorder.steps,
+        replayer.seen,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
 
 
 def _forward_backward(
-    model: nn.Module, case: Case, degrees: Degrees, batch: Batch
+    model: nn.Module, case: Case, degrees: Degrees, step: int, replayer: Replayer
 ) -> torch.Tensor:
+    batch, rank = case.batches[step], dist.get_rank()
     training = case.config.training
-    slots = degrees.slots(dist.get_rank(), len(batch.tokens))
+    slots = degrees.slots(rank, len(batch.tokens))
     starts = slots[:: training.local_batch_size]
     loss = torch.zeros(())
     for start in starts:
@@ -152,9 +185,10 @@ def _forward_backward(
         is_last = start == starts[-1]
         sync_gradients(model, is_last, training.sync_gradients_each_microbatch)
         documents = model.documents(batch.document_lengths[rows], CPU)
-        loss_sum = model(batch.tokens[rows], batch.labels[rows], documents)
-        share = loss_sum / batch.num_valid_tokens
-        share.backward()
+        with replayer.repeat(step, rows, rank):
+            loss_sum = model(batch.tokens[rows], batch.labels[rows], documents)
+            share = loss_sum / batch.num_valid_tokens
+            share.backward()
         loss += share.detach()
     return loss
 
@@ -208,6 +242,7 @@ def summary(result: Report) -> str:
         equal = "equal" if row.replicas_equal else "DIFFER"
         mark = "" if row.passed else "  <-- wrong"
         lines.append(f"{row.name:44} {row.error:9.1e} {row.norm_ratio:12.8f}  {equal}{mark}")
+    lines += [_routing_line(layer) for layer in result.routing]
     norms = "the same bits on every rank" if result.norms_equal else "DIFFERS between ranks"
     lines += [
         f"loss deviates by {result.loss_deviation:.1e}, gradient norm by "
@@ -215,7 +250,7 @@ def summary(result: Report) -> str:
         f"{result.world_size} ranks and one: {result.seconds:.1f} s, memory of a rank at most "
         f"{max(result.peak_mib):.0f} MiB",
     ]
-    wrong = [row.name for row in result.rows if not row.passed]
+    wrong = [part.name for part in (*result.rows, *result.routing) if not part.passed]
     if result.passed:
         lines.append(f"EQUAL to one process within {TOLERANCE:g}")
     elif wrong:
@@ -223,6 +258,14 @@ def summary(result: Report) -> str:
     else:
         lines.append("WRONG: loss or gradient norm")
     return "\n".join(lines)
+
+
+def _routing_line(layer: LayerRouting) -> str:
+    load = "equal" if layer.load_equal else "DIFFERS"
+    line = f"{layer.name:44} load {load}, experts chosen for {layer.choices:,} tokens"
+    if layer.flips:
+        line += f"; {layer.flips} near-ties within {layer.margin:.1e} ranked the other way, repeated"
+    return line if layer.passed else f"{line}  <-- wrong"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
 from torchtitan.data.loader import DataConfig, build_loader
 from torchtitan.data.tokenizer import build_tokenizer
-from torchtitan.verify import main, verify
+from torchtitan.verify import main, summary, verify
 from torchtitan.verify_case import settle
 
 TP2 = "--parallelism.tensor_parallel_degree=2"
@@ -111,6 +112,43 @@ def test_broken_layouts_are_caught_by_name(sabotage, argv, name):
     if sabotage is double_a_gradient:
         first = next(row for row in result.rows if row.name == name)
         assert first.norm_ratio == pytest.approx(2.0, rel=1e-3)
+
+
+MOE = [
+    "--model.name=deepseek_v3",
+    "--parallelism.tensor_parallel_degree=2",
+    "--parallelism.expert_parallel_degree=2",
+]
+
+
+def favour_an_expert(model):
+    """One rank of a router that should be the same everywhere."""
+    router = model.layers["1"].moe.router
+    compute = router._logits
+    if dist.get_rank() == 1:
+        router._logits = lambda x: compute(x) + torch.eye(8)[3]
+
+
+def count_twice(model):
+    def hook(layer, inputs, output):
+        layer.tokens_per_expert.mul_(2)
+
+    model.layers["1"].moe.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("argv", [[], [NO_SP, "--activation_checkpoint.mode=full"]])
+def test_routing_and_load_are_those_of_one_process(argv):
+    result = verify(load_config([*COMMON, *MOE, SHARD1, *argv]))
+    assert result.passed, result
+    (layer,) = result.routing  # the other one is dense
+    assert layer.choices and not layer.flips
+
+
+@pytest.mark.parametrize("sabotage", [favour_an_expert, count_twice])
+def test_broken_routing_is_caught_by_name(sabotage):
+    result = verify(load_config([*COMMON, *MOE, SHARD1]), sabotage=sabotage)
+    assert [layer.name for layer in result.routing if not layer.passed] == ["layers.1.moe"]
+    assert "layers.1.moe" in summary(result).splitlines()[-1]
 
 
 def test_odd_lengths_are_refused_with_sequence_parallelism_only():

@@ -32,7 +32,7 @@ class TokenChoiceTopKRouter(nn.Module):
     """Each token takes the K experts of the best scores.
 
     `replay`, ids (T, K) int64, takes the place of the choice; where `record` is a list, every
-    forward appends its ids, recomputations included.
+    forward appends what it would choose itself, recomputations included.
     """
 
     def __init__(self, dim: int, config: MoEConfig, init_std: float):
@@ -52,14 +52,14 @@ class TokenChoiceTopKRouter(nn.Module):
         # Everything after `keep` is computed again from the same bits under recomputation.
         logits = routing.keep(self._logits(x))
         scores = self._score(logits)
-        if self.replay is not None:
-            ids = self.replay
-        elif self.config.force_load_balance:
+        if self.config.force_load_balance:
             ids = self._take_turns(logits)
         else:
             ids = self._choose(logits if self.config.score_chosen_only else scores, correction_bias)
         if self.record is not None:
             self.record.append(ids)
+        if self.replay is not None:
+            ids = self.replay
         return Routing(self._weights(logits, scores, ids), ids, logits, scores)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:

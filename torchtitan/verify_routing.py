@@ -1,0 +1,154 @@
+"""Routing in the oracle: one process's choices of experts are recorded, and repeated on the layout.
+
+A token whose best experts are nearly tied may go elsewhere on another layout, by rounding alone; its
+gradients would then differ for no fault of the layout. So every layout repeats the reference's
+choices, and what its own routers would have chosen is compared with them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchtitan.distributed.mesh import Degrees
+
+NEAR_TIE = 1e-4
+"""How far apart, relative to the better one, scores may be that a layout ranks the other way."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one process's router chose in one step: S sequences of L tokens, K of E experts."""
+
+    ids: torch.Tensor
+    """(S, L, K) int64."""
+    scores: torch.Tensor
+    """(S, L, E) fp32, as ranked: with the balance bias."""
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """How a layer's routing on the layout compares with one process's, over all steps."""
+
+    name: str
+    choices: int
+    """Of experts, by tokens, over all ranks."""
+    flips: int
+    """Tokens whose experts would have been others."""
+    margin: float
+    """The widest relative distance of scores that were ranked the other way."""
+    load_equal: bool
+    """The counts of tokens by expert are one process's, exactly."""
+
+    @property
+    def passed(self) -> bool:
+        return self.load_equal and self.margin < NEAR_TIE
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What one rank compared of one layer."""
+
+    choices: int
+    flips: int
+    margin: float
+
+    def plus(self, other: "Flips") -> "Flips":
+        """Both together."""
+        choices, flips = self.choices + other.choices, self.flips + other.flips
+        return Flips(choices, flips, max(self.margin, other.margin))
+
+
+Recorded = dict[str, list[Choices]]
+"""By MoE layer, the choices of each step."""
+
+
+class Recorder:
+    """Keeps the choices of a whole model on one process, a step being one forward."""
+
+    def __init__(self, model: nn.Module, num_sequences: int):
+        self.steps: Recorded = {}
+        self.num_sequences = num_sequences
+        for name, module in model.named_modules():
+            if name.endswith(".router"):
+                steps = self.steps.setdefault(name.removesuffix(".router"), [])
+                module.register_forward_hook(self._keep(steps))
+
+    def _keep(self, steps: list[Choices]):
+        def hook(router, inputs, choice):
+            shape = (self.num_sequences, -1)
+            scores = choice.scores.detach()
+            if len(inputs) > 1 and inputs[1] is not None:
+                scores = scores + inputs[1]
+            ids = choice.selected_experts_indices
+            steps.append(Choices(ids.unflatten(0, shape), scores.unflatten(0, shape)))
+
+        return hook
+
+
+class Replayer:
+    """Repeats recorded choices on one rank of a layout, and compares its own with them."""
+
+    def __init__(
+        self, model: nn.Module, degrees: Degrees, sequence_parallel: bool, recorded: Recorded
+    ):
+        self.routers = {name: model.get_submodule(name).router for name in recorded}
+        self.recorded = recorded
+        self.split = degrees.tp if degrees.route_own_tokens(sequence_parallel) else 1
+        self.seen = {name: Flips(0, 0, 0.0) for name in recorded}
+
+    @contextmanager
+    def repeat(self, step: int, sequences: slice, rank: int) -> Iterator[None]:
+        """Around a microbatch's forward and backward, of these sequences of the global batch."""
+        parts = {}
+        for name, router in self.routers.items():
+            choices = self.recorded[name][step]
+            parts[name] = [self._own(x[sequences], rank) for x in (choices.ids, choices.scores)]
+            router.replay, router.record = parts[name][0], []
+        yield
+        for name, router in self.routers.items():
+            self.seen[name] = self.seen[name].plus(_compare(router.record[0], *parts[name]))
+
+    def _own(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
+        """Tensor-parallel ranks follow each other, each with its part of every sequence or with all."""
+        return whole.chunk(self.split, dim=1)[rank % self.split].flatten(0, 1)
+
+
+def _compare(own: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> Flips:
+    """own and theirs (T, K) ids; scores (T, E) that led to `theirs`."""
+    mine, reference = (_chosen(ids, scores) for ids in (own, theirs))
+    flipped = (mine != reference).any(1)
+    if not flipped.any():
+        return Flips(len(own), 0, 0.0)
+    # The least that the reference preferred, over the most it left out that we would have taken.
+    wanted = scores.where(reference & ~mine, float("inf")).amin(1)[flipped]
+    taken = scores.where(mine & ~reference, float("-inf")).amax(1)[flipped]
+    margin = ((wanted - taken).abs() / wanted.abs().clamp(min=1e-12)).max().item()
+    return Flips(len(own), int(flipped.sum()), margin)
+
+
+def _chosen(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, True)
+
+
+def summarize(
+    flips: Sequence[dict[str, Flips]],
+    loads: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+) -> list[LayerRouting]:
+    """Of all ranks' flips, and each step's counts (layers, E) beside one process's."""
+    rows = []
+    for i, name in enumerate(flips[0]):
+        found = [rank[name] for rank in flips]
+        rows.append(
+            LayerRouting(
+                name,
+                sum(each.choices for each in found),
+                sum(each.flips for each in found),
+                max(each.margin for each in found),
+                all(torch.equal(a[i], b[i]) for a, b in zip(loads, expected, strict=True)),
+            )
+        )
+    return rows
