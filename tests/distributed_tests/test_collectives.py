@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -41,12 +42,19 @@ def collectives(config, model_config, microbatches=1, steps=1):
     with loss_layout(degrees.tp, config.parallelism):
         for number in list(range(microbatches)) * steps:
             sync_gradients(model, number == microbatches - 1, each)
-            with CommDebugMode() as mode:
+            with counting() as mode:
                 loss = model(tokens[number], labels[number])
                 forward = _calls(mode)
                 loss.backward()
                 calls.append((forward, _calls(mode) - forward))
     return calls
+
+
+def counting():
+    """Counts the exchanges of experts' rows too."""
+    mode = CommDebugMode()
+    mode.comm_registry |= {torch.ops.torchtitan.exchange_counts, torch.ops.torchtitan.exchange_rows}
+    return mode
 
 
 def _calls(mode):
