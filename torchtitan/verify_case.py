@@ -15,6 +15,8 @@ from torchtitan.verify_data import global_batches
 MAX_RANKS = 8
 MAX_SEQ_LEN = 32
 MAX_MICROBATCHES = 2
+ON_CPU = "aot_eager_decomp_partition"
+"""The compiler's backend: inductor's operators and its partition into forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,11 @@ def _batch(config: JobConfig, parallelism: Parallelism, dp: int, full: bool, not
 
 
 def _on_cpu(config: JobConfig, notes: list[str]):
-    """The compiler without its code generator: graphs, hooks and recomputation are the same."""
-    if not config.compile.enable or config.compile.backend == "aot_eager":
+    """The compiler without its code generator: graphs, hooks and what is recomputed are the same."""
+    if not config.compile.enable or config.compile.backend == ON_CPU:
         return config.compile
-    notes.append(f"compile.backend: {config.compile.backend} -> aot_eager")
-    return replace(config.compile, backend="aot_eager")
+    notes.append(f"compile.backend: {config.compile.backend} -> {ON_CPU}")
+    return replace(config.compile, backend=ON_CPU)
 
 
 def _changes(prefix: str, old: object, new: object, hidden: tuple[str, ...]) -> Iterator[str]:

@@ -28,6 +28,7 @@ COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
         [TP2, SHARD1, NO_SP, "--model.flavor=debugmodel_flex_attn", "--training.seq_len=7"],
         [TP2, SHARD1, "--model.overrides.enable_weight_tying=true", "--compile.enable"],
         [SHARD1, "--activation_checkpoint.mode=full"],
+        [TP2, SHARD1, "--compile.enable", "--activation_checkpoint.mode=memory_budget"],
     ],
 )
 def test_right_layouts_pass(argv):

@@ -82,6 +82,10 @@ def set_memory_budget(config: ActivationCheckpoint) -> None:
         functorch = torch._functorch.config
         functorch.activation_memory_budget = config.memory_budget
         functorch.visualize_memory_budget_pareto = config.visualize_memory_budget_pareto
+        # A budget weighs all that a graph is given, and fails over the meshes of tensor parallelism,
+        # which have no memory to speak of. Torch 2.11 has no such check and no such name.
+        if hasattr(functorch, "unsafe_treat_script_objects_as_zero_size"):
+            functorch.unsafe_treat_script_objects_as_zero_size = True
 
 
 def _options(config: ActivationCheckpoint) -> dict[str, Any]:
