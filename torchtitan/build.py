@@ -5,6 +5,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
+from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.loader import DataConfig, Loader, build_loader
 from torchtitan.data.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ def build_model(
     storage = torch.device("cpu") if config.training.enable_cpu_offload else device
     fill_parameters(model, storage, drawn)
     model.fill_buffers(device)
+    model.set_global_batch(global_batch_size(config.training, degrees.dp))
     return model
 
 

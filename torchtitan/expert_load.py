@@ -38,10 +38,13 @@ class ExpertLoad:
             dist.all_reduce(counts)
         # Some ranks have routed, and counted, the same tokens.
         self.counts = counts // next(iter(layers)).load_copies
-        for layer, load in zip(layers, self.counts.double(), strict=True):
+        for layer, load in zip(layers, self.counts, strict=True):
             layer.tokens_per_expert.zero_()
+            if layer.previous_load is not None:
+                layer.previous_load.copy_(load)
+            load = load.double()
             if layer.expert_bias is not None and stepped:
-                layer.expert_bias += layer.load_balance_coeff * (load.mean() - load).sign()
+                layer.expert_bias += layer.config.load_balance_coeff * (load.mean() - load).sign()
 
     def statistics(self) -> dict[str, float]:
         """Of the last finished step, as moe/<layer>/<name>; waits for the device.

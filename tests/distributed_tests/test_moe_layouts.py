@@ -3,6 +3,7 @@
 import pytest
 
 from tests.distributed_tests.test_data_parallel import (
+    SEQUENCES,
     assert_equal_on_all_ranks,
     gradients,
     job,
@@ -19,7 +20,8 @@ def parallel(tp=1, ep=1, etp=1, sp=True, replicate=1, **more):
         "expert_tensor_parallel_degree": etp,
         "enable_sequence_parallel": sp,
     }
-    return job(replicate, tp=degrees, **more)
+    batch = {"global_batch_size": SEQUENCES, "local_batch_size": 1}  # balance losses are means over it
+    return job(replicate, tp=degrees, training=batch, **more)
 
 
 BY_OP = {"ac": "selective", "selective_ac_option": "op"}
@@ -70,7 +72,7 @@ def moe(**changes):
 
 
 MODELS = [
-    moe(load_balance_coeff=1e-3),
+    moe(load_balance_coeff=1e-3, sequence_balance_coeff=0.1, router_z_coeff=0.01),
     moe(score_before_experts=True, score_func="sigmoid", route_norm=True),
 ]
 

@@ -119,6 +119,9 @@ MOE = [
     "--model.name=deepseek_v3",
     "--parallelism.tensor_parallel_degree=2",
     "--parallelism.expert_parallel_degree=2",
+    "--moe.sequence_balance_coeff=0.1",
+    "--moe.global_balance_coeff=0.1",
+    "--moe.router_z_coeff=0.01",
 ]
 
 

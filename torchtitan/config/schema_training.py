@@ -40,6 +40,15 @@ class MoE:
     max_rows_per_chunk: int = 0
     """Ours. Rows (a token times an expert) worked on at a time, to save memory; 0 is all."""
 
+    sequence_balance_coeff: float = 0.0
+    """Ours. Of a loss on the balance of experts within each sequence (DeepSeek-V3's)."""
+
+    global_balance_coeff: float = 0.0
+    """Ours. Of a loss on the balance of experts over the global batch, by the last step's load."""
+
+    router_z_coeff: float = 0.0
+    """Ours. Of a loss on the size of router logits (ST-MoE's z-loss)."""
+
 
 @dataclass(frozen=True)
 class Optimizer:

@@ -99,6 +99,9 @@ class DecoderConfig:
             force_load_balance=config.debug.moe_force_load_balance,
             experts_backend=config.moe.experts_backend,
             max_rows_per_chunk=config.moe.max_rows_per_chunk,
+            sequence_balance_coeff=config.moe.sequence_balance_coeff,
+            global_balance_coeff=config.moe.global_balance_coeff,
+            router_z_coeff=config.moe.router_z_coeff,
         )
         return replace(self, moe=moe, seq_len=max(sequence_lengths(config).values()))
 
@@ -285,6 +288,12 @@ class Decoder(nn.Module):
         for layer in self.layers.values():
             if layer.moe is not None:
                 layer.moe.fill_buffers(device)
+
+    def set_global_batch(self, num_sequences: int) -> None:
+        """Say how many sequences a step takes: what losses on the global batch are means over."""
+        for layer in self.layers.values():
+            if layer.moe is not None:
+                layer.moe.sequences_per_step = num_sequences
 
     def parallel_plan(self) -> ParallelPlan:
         """How this model may be spread; see torchtitan/sharding.py.

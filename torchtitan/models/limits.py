@@ -102,6 +102,9 @@ def no_expert_faults(config: JobConfig) -> Iterator[Fault]:
         "debug.moe_force_load_balance": (config.debug.moe_force_load_balance, False),
         "moe.experts_backend": (config.moe.experts_backend, "auto"),
         "moe.max_rows_per_chunk": (config.moe.max_rows_per_chunk, 0),
+        "moe.sequence_balance_coeff": (config.moe.sequence_balance_coeff, 0.0),
+        "moe.global_balance_coeff": (config.moe.global_balance_coeff, 0.0),
+        "moe.router_z_coeff": (config.moe.router_z_coeff, 0.0),
     }
     for key, (value, without) in asked.items():
         if value != without:

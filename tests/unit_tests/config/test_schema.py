@@ -30,7 +30,10 @@ def test_upstreams_149_keys_and_ours():
     ours = {
         "model.overrides",
         "moe.experts_backend",
+        "moe.global_balance_coeff",
         "moe.max_rows_per_chunk",
+        "moe.router_z_coeff",
+        "moe.sequence_balance_coeff",
         "optimizer.no_decay",
         "parallelism.enable_sequence_parallel",
         "training.max_skipped_steps",

@@ -1,5 +1,9 @@
 """Spreads the MoE layers of a model: experts over ranks, and the dispatcher that follows."""
 
+from functools import partial
+
+import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,6 +30,9 @@ def apply_expert_parallel(
             _distribute(module, mesh, placements)
         elif style is Style.REGION:
             module.load_copies = 1 if own_tokens else degrees.tp
+            if own_tokens and degrees.tp > 1:
+                module.sequence_parts = degrees.tp
+                module.sum_counts = partial(_sum_over, meshes.dense["tp"].get_group())
             if degrees.ep > 1:
                 _set_dispatcher(module, degrees, meshes, own_tokens)
 
@@ -44,6 +51,12 @@ def _distribute(experts: nn.Module, mesh: DeviceMesh, placements: tuple[Placemen
         weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(weight))
     use_local_parameters(experts, dict.fromkeys(weights, placements))
+
+
+@torch.compiler.disable
+def _sum_over(group: dist.ProcessGroup, counts: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(counts, group=group)
+    return counts
 
 
 def _set_dispatcher(

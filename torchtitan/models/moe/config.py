@@ -42,9 +42,20 @@ class MoEConfig:
 
     load_balance_coeff: float = 0.0
     """Step of the balance bias, which is added to scores for the choice only (arXiv 2408.15664)."""
+    sequence_balance_coeff: float = 0.0
+    """Of the loss on each sequence's balance. Set by `update_from_config`, as the two below."""
+    global_balance_coeff: float = 0.0
+    """Of the loss on the global batch's balance."""
+    router_z_coeff: float = 0.0
+    """Of the loss on the size of router logits."""
     force_load_balance: bool = False
     """Experts take turns whatever the router says; for benchmarks. Set by `update_from_config`."""
     experts_backend: Literal["auto", "reference"] = "auto"
     """What multiplies: see models/moe/experts.py. Set by `update_from_config`."""
     max_rows_per_chunk: int = 0
     """Rows that experts' intermediates may hold at a time, or 0. Set by `update_from_config`."""
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether any of the three losses is on."""
+        return any((self.sequence_balance_coeff, self.global_balance_coeff, self.router_z_coeff))

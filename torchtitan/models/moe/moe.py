@@ -8,10 +8,11 @@ from torch import nn
 
 from torchtitan import routing
 from torchtitan.models.feed_forward import FeedForward
+from torchtitan.models.moe.balance import SumCounts, balance_loss, with_loss
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
 from torchtitan.models.moe.experts import GroupedExperts
-from torchtitan.models.moe.router import TokenChoiceTopKRouter
+from torchtitan.models.moe.router import Routing, TokenChoiceTopKRouter
 from torchtitan.sharding import Fragment, Style
 
 
@@ -39,12 +40,18 @@ class MoE(nn.Module):
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(
             config.num_experts, config.score_before_experts
         )
-        self.load_copies = 1  # ranks that count the same tokens; expert parallelism sets it
-        self.load_balance_coeff = config.load_balance_coeff
+        self.config = config
+        # What a run's layout and batch make of these, expert parallelism and the trainer set.
+        self.load_copies = 1  # ranks that route the same tokens
+        self.sequence_parts = 1  # ranks that route parts of the same sequences
+        self.sum_counts: SumCounts = lambda counts: counts
+        self.sequences_per_step = 1
         load = torch.empty(config.num_experts, dtype=torch.int64)
         self.register_buffer("tokens_per_expert", load, persistent=False)
         bias = torch.empty(config.num_experts) if config.load_balance_coeff else None
         self.register_buffer("expert_bias", bias)
+        previous = torch.empty_like(load) if config.global_balance_coeff else None
+        self.register_buffer("previous_load", previous)
 
     @property
     def fragment(self) -> Fragment:
@@ -67,17 +74,34 @@ class MoE(nn.Module):
         self.tokens_per_expert = torch.zeros_like(self.tokens_per_expert, device=device)
         if self.expert_bias is not None:
             self.expert_bias = torch.zeros_like(self.expert_bias, device=device)
+        if self.previous_load is not None:
+            self.previous_load = torch.zeros_like(self.previous_load, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, L, D) -> (B, L, D)."""
         tokens = x.reshape(-1, x.shape[-1])
         choice = self.router(tokens, self.expert_bias)
+        scores = choice.top_scores
         if self.training:
             routing.record_load(self.tokens_per_expert, choice.selected_experts_indices)
-        out = self.routed(tokens, choice.top_scores, choice.selected_experts_indices)
+            if self.config.has_balance_loss:
+                scores = with_loss(scores, self._balance_loss(choice, num_sequences=len(x)))
+        out = self.routed(tokens, scores, choice.selected_experts_indices)
         if self.shared_experts is not None:
             out = out + self.shared_experts(tokens)
         return out.view_as(x)
+
+    def _balance_loss(self, choice: Routing, num_sequences: int) -> torch.Tensor:
+        """This rank's part of the mean over the global batch's sequences."""
+        loss = balance_loss(
+            self.config,
+            choice,
+            num_sequences,
+            self.sequence_parts,
+            self.sum_counts,
+            self.previous_load,
+        )
+        return loss / (self.sequences_per_step * self.load_copies)
 
     def routed(
         self, tokens: torch.Tensor, scores: torch.Tensor, expert_ids: torch.Tensor
