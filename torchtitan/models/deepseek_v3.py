@@ -7,9 +7,18 @@ from torch import nn
 
 from torchtitan.config.faults import Fault
 from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.hf_format import (
+    DECODER_FIELDS,
+    DECODER_FIXED,
+    DECODER_WEIGHTS,
+    EXPERT_WEIGHTS,
+    Field,
+    HFFormat,
+)
 from torchtitan.models.mla import LatentAttention, LatentConfig
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.rope import YaRNScaling
+from torchtitan.weight_map import Drop, OnlyOurs, Rename
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class DeepSeekV3Config(DecoderConfig):
 
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
-    rope_scaling: YaRNScaling = YaRNScaling(
+    rope_scaling: YaRNScaling | None = YaRNScaling(
         factor=40.0, original_max_seq_len=4096, mscale=1.0, mscale_all_dim=1.0
     )
     max_seq_len: int = 163840
@@ -61,7 +70,7 @@ class DeepSeekV3Config(DecoderConfig):
             self.dim,
             self.n_heads,
             self.latent,
-            self.rope_scaling.score_factor,
+            self.rope_scaling.score_factor if self.rope_scaling else 1.0,
             self.norm_eps,
             residual_std,
         )
@@ -146,3 +155,80 @@ FLAVORS: dict[str, DeepSeekV3Config] = {
         ),
     ),
 }
+
+_LAYER, _ATTENTION = "model.layers.{layer}", "model.layers.{layer}.self_attn"
+_SHARED = "model.layers.{layer}.mlp.shared_experts"
+_WEIGHTS = (
+    *DECODER_WEIGHTS,
+    *EXPERT_WEIGHTS,
+    Rename("layers.{layer}.attention.wq_a.weight", f"{_ATTENTION}.q_a_proj.weight"),
+    Rename("layers.{layer}.attention.q_norm.weight", f"{_ATTENTION}.q_a_layernorm.weight"),
+    Rename("layers.{layer}.attention.wq_b.weight", f"{_ATTENTION}.q_b_proj.weight"),
+    Rename("layers.{layer}.attention.wkv_a.weight", f"{_ATTENTION}.kv_a_proj_with_mqa.weight"),
+    Rename("layers.{layer}.attention.kv_norm.weight", f"{_ATTENTION}.kv_a_layernorm.weight"),
+    Rename("layers.{layer}.attention.wkv_b.weight", f"{_ATTENTION}.kv_b_proj.weight"),
+    Rename("layers.{layer}.moe.shared_experts.w1.weight", f"{_SHARED}.gate_proj.weight"),
+    Rename("layers.{layer}.moe.shared_experts.w2.weight", f"{_SHARED}.down_proj.weight"),
+    Rename("layers.{layer}.moe.shared_experts.w3.weight", f"{_SHARED}.up_proj.weight"),
+)
+_BIAS = "layers.{layer}.moe.expert_bias"
+_FIELDS = DECODER_FIELDS | {
+    "kv_lora_rank": Field("latent.kv_lora_rank", default=512),
+    "q_lora_rank": Field("latent.q_lora_rank", default=0, encode=lambda rank: rank or None),
+    "qk_nope_head_dim": Field("latent.qk_nope_head_dim", default=128),
+    "qk_rope_head_dim": Field("latent.qk_rope_head_dim", default=64),
+    "v_head_dim": Field("latent.v_head_dim", default=128),
+    "n_routed_experts": Field("moe.num_experts"),
+    "n_shared_experts": Field("moe.num_shared_experts", default=0),
+    "num_experts_per_tok": Field("moe.top_k"),
+    "moe_intermediate_size": Field("moe.ffn_dim"),
+    "routed_scaling_factor": Field("moe.route_scale", default=1.0),
+    "first_k_dense_replace": Field("n_dense_layers", default=0),
+}
+_GROUPS = {
+    "n_group": Field("moe.num_expert_groups", default=1),
+    "topk_group": Field("moe.num_limited_groups", default=1),
+}
+_FIXED = DECODER_FIXED | {"moe_layer_freq": 1}
+_DERIVED = {
+    # transformers 5 takes the rotated channels for the head's width in code that families share.
+    "head_dim": lambda config: config.latent.qk_rope_head_dim,
+    "qk_head_dim": lambda config: config.latent.qk_head_dim,
+}
+_V2 = HFFormat(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    template=FLAVORS["16B"],
+    fields=_FIELDS,
+    fixed=_FIXED
+    | {"topk_method": "greedy", "scoring_func": "softmax"}
+    # transformers never normalises these models' scores.
+    | {"norm_topk_prob": False, "mlp_bias": False},
+    derived=_DERIVED,
+    ignored=("n_group", "topk_group"),
+    weights=(*_WEIGHTS, OnlyOurs(_BIAS, "DeepSeek-V2 has no balance bias")),
+)
+
+HF_FORMATS = (
+    HFFormat(
+        model_type="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        template=FLAVORS["671B"],
+        fields=_FIELDS | _GROUPS | {"norm_topk_prob": Field("moe.route_norm", default=True)},
+        fixed=_FIXED
+        | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": True},
+        derived=_DERIVED,
+        weights=(
+            *_WEIGHTS,
+            Rename(_BIAS, f"{_LAYER}.mlp.gate.e_score_correction_bias"),
+            Drop("model.layers.{extra_layer}.*", "predicts the token after the next"),
+        ),
+    ),
+    _V2,
+    replace(
+        _V2,
+        fields=_FIELDS | _GROUPS,
+        fixed=_V2.fixed | {"topk_method": "group_limited_greedy"},
+        ignored=(),
+    ),
+)

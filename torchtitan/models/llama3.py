@@ -3,6 +3,13 @@
 from dataclasses import replace
 
 from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.hf_format import (
+    DECODER_FIELDS,
+    DECODER_FIXED,
+    DECODER_WEIGHTS,
+    KEY_VALUE_WEIGHTS,
+    HFFormat,
+)
 from torchtitan.models.rope import RoPEScaling
 
 _debugmodel = DecoderConfig(
@@ -47,3 +54,15 @@ FLAVORS: dict[str, DecoderConfig] = {
     "70B": replace(_8B, dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),
     "405B": replace(_8B, dim=16384, n_layers=126, n_heads=128, ffn_dim=53248),
 }
+
+HF_FORMATS = (
+    HFFormat(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        template=_8B,
+        fields=DECODER_FIELDS,
+        fixed=DECODER_FIXED | {"mlp_bias": False},
+        derived={"head_dim": lambda config: config.head_dim},
+        weights=DECODER_WEIGHTS + KEY_VALUE_WEIGHTS,
+    ),
+)

@@ -9,9 +9,20 @@ from torch import nn
 from torchtitan.config.faults import Fault
 from torchtitan.models.attention import Attention
 from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.hf_format import (
+    DECODER_FIELDS,
+    DECODER_FIXED,
+    DECODER_WEIGHTS,
+    EXPERT_WEIGHTS,
+    KEY_VALUE_WEIGHTS,
+    Field,
+    HFFormat,
+    leading_layers,
+)
 from torchtitan.models.init import Constant
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.sharding import Fragment, Style
+from torchtitan.weight_map import Rename
 
 
 @dataclass(frozen=True)
@@ -99,3 +110,45 @@ FLAVORS: dict[str, DecoderConfig] = {
         _8B, n_layers=94, n_heads=64, n_kv_heads=4, moe=replace(_moe, ffn_dim=1536)
     ),
 }
+
+_ATTENTION = "model.layers.{layer}.self_attn"
+_WEIGHTS = (
+    *DECODER_WEIGHTS,
+    *KEY_VALUE_WEIGHTS,
+    Rename("layers.{layer}.attention.q_norm.weight", f"{_ATTENTION}.q_norm.weight"),
+    Rename("layers.{layer}.attention.k_norm.weight", f"{_ATTENTION}.k_norm.weight"),
+)
+_FIXED = DECODER_FIXED | {"use_sliding_window": False}
+_SLIDING_WINDOW = ("sliding_window", "max_window_layers")  # of use_sliding_window
+
+HF_FORMATS = (
+    HFFormat(
+        model_type="qwen3",
+        architecture="Qwen3ForCausalLM",
+        template=_8B,
+        fields=DECODER_FIELDS | {"head_dim": Field("head_dim", default=128)},
+        fixed=_FIXED,
+        derived={"layer_types": lambda config: ["full_attention"] * config.n_layers},
+        ignored=_SLIDING_WINDOW,
+        weights=_WEIGHTS,
+    ),
+    HFFormat(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        template=FLAVORS["30B-A3B"],
+        fields=DECODER_FIELDS
+        | {
+            "head_dim": Field("head_dim", default=lambda config: config.dim // config.n_heads),
+            "num_experts": Field("moe.num_experts", default=128, aliases=("num_local_experts",)),
+            "num_experts_per_tok": Field("moe.top_k", default=8),
+            "moe_intermediate_size": Field("moe.ffn_dim", default=768),
+            "norm_topk_prob": Field("moe.route_norm", default=False),
+            "mlp_only_layers": Field(
+                "n_dense_layers", default=(), decode=leading_layers, encode=lambda n: list(range(n))
+            ),
+        },
+        fixed=_FIXED | {"decoder_sparse_step": 1},
+        ignored=_SLIDING_WINDOW,
+        weights=_WEIGHTS + EXPERT_WEIGHTS,
+    ),
+)
