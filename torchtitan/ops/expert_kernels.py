@@ -17,6 +17,10 @@ from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
 REFERENCE_BLOCK = 16
 """Rows, and multiples of columns, that the reference multiplies at a time."""
 
+_VECTORS = 32
+"""Rows that the reference gates at a time: with any width whole pairs of vectors, also AVX-512's.
+What is left beyond these, PyTorch computes by itself, and rounds otherwise."""
+
 
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Nothing has written these rows: they may hold NaN, which no multiplication removes."""
@@ -141,10 +145,10 @@ def _blocks(start: int, stop: int) -> Iterator[slice]:
 
 def _full_blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
     """x (R, ...) in blocks of rows, the last one filled with zeros."""
-    num_blocks = -(-len(x) // REFERENCE_BLOCK)
-    filled = x.new_zeros(num_blocks * REFERENCE_BLOCK, *x.shape[1:])
+    num_blocks = -(-len(x) // _VECTORS)
+    filled = x.new_zeros(num_blocks * _VECTORS, *x.shape[1:])
     filled[: len(x)] = x
-    return filled.split(REFERENCE_BLOCK)
+    return filled.split(_VECTORS)
 
 
 def _fill_blocks(matrix: torch.Tensor) -> torch.Tensor:
@@ -169,7 +173,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _reference_swiglu(
     z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
 ) -> torch.Tensor:
-    """In full blocks too: the last few numbers of a vector are computed, and rounded, otherwise."""
+    """In full blocks too, of whole vectors."""
     factors = z.new_ones(len(z)) if scores is None else scores
     blocks = zip(_full_blocks(z), _full_blocks(factors), strict=True)
     return torch.cat([swiglu(*block, gating) for block in blocks])[: len(z)]
