@@ -3,22 +3,19 @@
 B batch, L sequence, D model, H query heads, G key/value heads, C head_dim, V channels of a value.
 
 The mask decides the kernel: none means causal over the whole sequence (SDPA); a packed batch brings
-a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean mask for SDPA. All
-three say the same: a token sees itself and what precedes it in its own document.
+a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean mask for SDPA.
 """
 
-import functools
 import inspect
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from torchtitan.models.attention_mask import AttentionMask, VarlenMask, compiled
 from torchtitan.models.init import Init, Normal
 from torchtitan.models.rope import apply_rope
 from torchtitan.sharding import Fragment, Style
@@ -30,74 +27,6 @@ SDPA_PRIORITY = [
     SDPBackend.MATH,
 ]
 """For `torch.nn.attention.sdpa_kernel(..., set_priority=True)`: the first one that can run is used."""
-
-
-@dataclass(frozen=True)
-class VarlenMask:
-    """Where documents begin in the flattened batch: (documents + 1,) int32, padded with B * L."""
-
-    offsets: torch.Tensor
-    max_length: int
-
-
-AttentionMask = BlockMask | VarlenMask | torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Documents:
-    """A packed batch's documents as tensors; everything derives from the packer's lengths."""
-
-    positions: torch.Tensor
-    """(B, L) int64: each token's position in its document."""
-    mask: AttentionMask
-
-    @classmethod
-    def build(cls, lengths: list[list[int]], attn_type: str, device: torch.device) -> "Documents":
-        """From the document lengths of each sequence, for one of "sdpa", "flex", "varlen".
-
-        Flex and varlen have no backward on CPUs: there both become SDPA with a dense mask.
-        """
-        seq_len = sum(lengths[0])
-        index = np.stack([np.repeat(np.arange(len(row)), row) for row in lengths])
-        starts = np.stack([np.repeat(np.cumsum([0, *row[:-1]]), row) for row in lengths])
-        positions = torch.from_numpy(np.arange(seq_len) - starts).to(device)
-        if attn_type == "varlen" and device.type == "cuda":
-            mask = _varlen_mask(lengths, seq_len, device)
-        else:
-            ids = torch.from_numpy(index).to(device, torch.int32)
-            on_gpu = attn_type == "flex" and device.type == "cuda"
-            mask = _block_mask(ids) if on_gpu else _dense_mask(ids)
-        return cls(positions, mask)
-
-
-def _dense_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """(B, 1, L, L) bool, true where a query (row) may see a key (column)."""
-    same_document = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same_document.tril()
-
-
-def _varlen_mask(lengths: list[list[int]], seq_len: int, device: torch.device) -> VarlenMask:
-    offsets = np.cumsum([0, *(length for row in lengths for length in row)])
-    # Empty documents at the end: the tensor's size changes seldom, so compiled blocks do too.
-    padded = 64 * -(-len(offsets) // 64)
-    offsets = np.pad(offsets, (0, padded - len(offsets)), mode="edge").astype(np.int32)
-    return VarlenMask(torch.from_numpy(offsets).to(device), seq_len)
-
-
-def _block_mask(document_ids: torch.Tensor) -> BlockMask:
-    def sees(b, h, query, key):
-        return (query >= key) & (document_ids[b, query] == document_ids[b, key])
-
-    batch, seq_len = document_ids.shape
-    return _compiled(create_block_mask)(
-        sees, batch, None, seq_len, seq_len, device=document_ids.device
-    )
-
-
-@functools.cache
-def _compiled(function):
-    """Flex is fast only compiled, also where the model is not."""
-    return torch.compile(function)
 
 
 def attend(
@@ -116,7 +45,7 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        out = _compiled(flex_attention)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        out = compiled(flex_attention)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
     else:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
@@ -132,9 +61,10 @@ def _attend_varlen(q, k, v, mask: VarlenMask, scale: float | None) -> torch.Tens
     if scale is not None:
         options["scale"] = scale
     length, offsets = mask.max_length, mask.offsets
+    before = -1 if mask.window is None else mask.window - 1
     out = varlen_attn(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        offsets, offsets, length, length, window_size=(-1, 0), **options,
+        offsets, offsets, length, length, window_size=(before, 0), **options,
     )  # fmt: skip
     return out.view_as(q)
 
@@ -154,6 +84,7 @@ class Attention(nn.Module):
         self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, residual_std: float
     ):
         super().__init__()
+        self.core = attend  # context parallelism puts its own here
         self.head_dim = head_dim
         self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
         self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
@@ -174,5 +105,5 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
         q, k, v = self.heads(x)
-        out = attend(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+        out = self.core(apply_rope(q, rope), apply_rope(k, rope), v, mask)
         return self.wo(out.flatten(-2))

@@ -13,7 +13,8 @@ from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import JobConfig
-from torchtitan.models.attention import Attention, AttentionMask, Documents
+from torchtitan.models.attention import Attention
+from torchtitan.models.attention_mask import AttentionMask, Documents, Pattern
 from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.limits import (
@@ -73,6 +74,10 @@ class DecoderConfig:
     def n_moe_layers(self) -> int:
         return sum(self.is_moe_layer(layer_id) for layer_id in range(self.n_layers))
 
+    def attention_pattern(self, layer_id: int) -> Pattern:
+        """What a layer's attention sees of a token's document."""
+        return Pattern()
+
     def is_moe_layer(self, layer_id: int) -> bool:
         """Whether a layer has experts in place of its feed-forward."""
         return self.moe is not None and layer_id >= self.n_dense_layers
@@ -119,13 +124,6 @@ class DecoderConfig:
         if self.n_heads % self.n_kv_heads:
             reason = f"key/value heads must divide the {self.n_heads} query heads."
             yield Fault("model.overrides.n_kv_heads", reason, value=self.n_kv_heads)
-        if self.attn_mask_type == "causal" and self.attn_type != "sdpa":
-            yield Fault(
-                "model.overrides.attn_type",
-                "flex and varlen attention compute the block_causal mask only.",
-                "Set model.overrides.attn_mask_type = 'block_causal'.",
-                value=self.attn_type,
-            )
 
     def _head_faults(self) -> Iterator[Fault]:
         if self.dim % self.n_heads or self.head_dim % 2:
@@ -212,6 +210,7 @@ class TransformerBlock(nn.Module):
         # Later layers add less, so that the residual stream's variance stays bounded with depth.
         residual_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
         self.attention = config.build_attention(residual_std)
+        self.pattern = config.attention_pattern(layer_id).within(config.seq_len)
         if config.is_moe_layer(layer_id):
             self.moe = MoE(config.dim, config.moe, residual_std)
             self.feed_forward = None
@@ -316,10 +315,20 @@ class Decoder(nn.Module):
         return ParallelPlan(rules, units)
 
     def documents(self, lengths: list[list[int]], device: torch.device) -> Documents | None:
-        """What `forward` must know of a batch's documents; None where the mask ignores them."""
+        """What `forward` must know of a batch's documents.
+
+        None where every token sees all before it, which SDPA knows by itself.
+        """
         if self.config.attn_mask_type == "causal":
-            return None
-        return Documents.build(lengths, self.config.attn_type, device)
+            if self.patterns == {Pattern()} and self.config.attn_type == "sdpa":
+                return None
+            lengths = [[sum(row)] for row in lengths]
+        return Documents.build(lengths, self.patterns, self.config.attn_type, device)
+
+    @property
+    def patterns(self) -> set[Pattern]:
+        """What the layers' attention sees; a mask is made for each."""
+        return {layer.pattern for layer in self.layers.values()}
 
     def forward(
         self,
@@ -329,14 +338,16 @@ class Decoder(nn.Module):
     ) -> torch.Tensor:
         """tokens, labels (B, L) int64 -> logits (B, L, V), or the summed loss where labels are given.
 
-        The sum is over labels other than -100, fp32, a scalar.
+        The sum is over labels other than -100, fp32, a scalar. Without documents each sequence is one.
         """
+        if documents is None and self.patterns != {Pattern()}:
+            documents = self.documents([[tokens.shape[1]]] * len(tokens), tokens.device)
         if documents is None:
-            rope, mask = self.rope[None, : tokens.shape[1]], None
+            rope, masks = self.rope[None, : tokens.shape[1]], {Pattern(): None}
         else:
-            rope, mask = self.rope[documents.positions], documents.mask
+            rope, masks = self.rope[documents.positions], documents.masks
         x = self.tok_embeddings(tokens)  # (B, L, D)
         for layer in self.layers.values():
-            x = layer(x, rope, mask)
+            x = layer(x, rope, masks[layer.pattern])
         tied = self.tok_embeddings.weight if self.config.enable_weight_tying else None
         return self.output(self.norm(x), labels, tied)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchtitan.models.attention import AttentionMask, attend
+from torchtitan.models.attention import attend
+from torchtitan.models.attention_mask import AttentionMask
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.rope import apply_rope, halves_from_pairs
 from torchtitan.sharding import Fragment, Style
@@ -55,6 +56,7 @@ class LatentAttention(nn.Module):
         residual_std: float,
     ):
         super().__init__()
+        self.core = attend  # context parallelism puts its own here
         self.widths = widths
         self.scale = widths.qk_head_dim**-0.5 * score_factor
         inputs = Normal(0.02, cutoff=3)
@@ -107,5 +109,5 @@ class LatentAttention(nn.Module):
         k_position = apply_rope(halves_from_pairs(k_position.unsqueeze(2)), rope)  # of all heads
         q = torch.cat([q, q_position], dim=-1)
         k = torch.cat([k, k_position.expand(-1, -1, k.shape[2], -1)], dim=-1)
-        out = attend(q, k, v, mask, self.scale)  # (B, L, H, V)
+        out = self.core(q, k, v, mask, self.scale)  # (B, L, H, V)
         return self.wo(out.flatten(-2))
