@@ -77,7 +77,8 @@ def whole(tensor):
 
 def job(replicate=1, reshard="default", training=None, ac="none", compiled=False, tp=None, **ac_options):
     return JobConfig(
-        training=Training(**(training or {})),
+        # Not what this CPU is fastest in: some are fast in bfloat16.
+        training=Training(**{"mixed_precision_param": "float32"} | (training or {})),
         parallelism=Parallelism(
             data_parallel_replicate_degree=replicate,
             fsdp_reshard_after_forward=reshard,

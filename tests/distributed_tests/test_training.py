@@ -33,6 +33,7 @@ COMMON = {
     "training.steps": STEPS,
     "training.global_batch_size": 12,
     "training.local_batch_size": 1,
+    "training.mixed_precision_param": "float32",  # CPUs that are fast in bfloat16 would use it
     "lr_scheduler.warmup_steps": 2,
     "metrics.log_freq": 1,
     "debug.seed": 7,
