@@ -47,10 +47,12 @@ class ExpertLoad:
                 layer.expert_bias += layer.config.load_balance_coeff * (load.mean() - load).sign()
 
     def statistics(self) -> dict[str, float]:
-        """Of the last finished step, as moe/<layer>/<name>; waits for the device.
+        """Of the last finished step, as moe/<layer>/<name>; collective, waits for the device.
 
         max_expert_load and max_rank_load are over the mean; entropy is of the shares, over log E;
         unused_experts had no token; bias_norm is the L2 norm of the balance bias, where there is one.
+        received_mib, where experts are spread over ranks, is the most that any rank received for one
+        forward since the last call.
         """
         if self.counts is None:
             return {}
@@ -67,9 +69,20 @@ class ExpertLoad:
         biases = [layer.expert_bias for layer in self.layers.values()]
         if all(bias is not None for bias in biases):
             columns["bias_norm"] = torch.stack(biases).norm(dim=1)
+        if self.num_expert_ranks > 1:
+            columns["received_mib"] = self._peak_received_bytes() / 2**20
         table = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return {
             f"moe/{layer}/{column}": value
             for layer, row in zip(self.layers, table, strict=True)
             for column, value in zip(columns, row, strict=True)
         }
+
+    def _peak_received_bytes(self) -> torch.Tensor:
+        """By layer, over all ranks; begins anew."""
+        dispatchers = [layer.dispatcher for layer in self.layers.values()]
+        peaks = self.counts.new_tensor([d.peak_received_bytes for d in dispatchers])
+        dist.all_reduce(peaks, dist.ReduceOp.MAX)
+        for dispatcher in dispatchers:
+            dispatcher.peak_received_bytes = 0
+        return peaks

@@ -7,6 +7,7 @@ the ceilings (a large matrix product, a large copy) are measured in the same cal
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ SEQ_LEN = 4096
 MODELS = {
     "l1b": ["--model.flavor=1B", "--model.overrides.enable_weight_tying=false"],
     "l8x8": ["--model.flavor=8B", "--model.overrides.n_layers=8"],
+    "l8b": ["--model.flavor=8B"],
 }
 VARIANTS = {
     "compile": ["--compile.enable"],
@@ -30,6 +32,7 @@ RECOMPUTATION = {
     "op": ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"],
     "full": ["--activation_checkpoint.mode=full"],
 }  # fmt: skip
+LAYOUTS = {"fsdp": [], "tp": ["--parallelism.tensor_parallel_degree={}"]}
 
 
 def ceilings() -> dict[str, float]:
@@ -59,19 +62,22 @@ def _seconds(work, repeats: int = 20) -> float:
 
 
 def measure(case: str, steps: int, extra: list[str]) -> dict[str, object]:
-    """Run one case, "model:variant:recomputation:batch", and summarise the second half of its steps."""
-    model, variant, recomputation, batch = case.split(":")
+    """Run one case, as `--help` spells it, and summarise the second half of its steps."""
+    model, variant, recomputation, batch, *layout = case.split(":")
+    layout, num_gpus = re.fullmatch(r"([a-z]+)(\d+)", layout[0] if layout else "fsdp1").groups()
     with tempfile.TemporaryDirectory() as folder:
         argv = [
             *MODELS[model], *VARIANTS[variant], *RECOMPUTATION[recomputation], *extra,
+            *(option.format(num_gpus) for option in LAYOUTS[layout]),
             f"--training.local_batch_size={batch}", f"--training.seq_len={SEQ_LEN}",
             f"--training.steps={steps}", "--metrics.log_freq=1", f"--job.dump_folder={folder}",
             "--debug.seed=0",
         ]  # fmt: skip
         start = time.perf_counter()
         run = subprocess.run(
-            [sys.executable, "-m", "torchtitan.train", *argv], capture_output=True, text=True,
-            env=os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            [sys.executable, "-m", *_launcher(num_gpus), "torchtitan.train", *argv],
+            capture_output=True, text=True,
+            env=os.environ | {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NGPU": num_gpus},
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if run.returncode:
@@ -79,10 +85,10 @@ def measure(case: str, steps: int, extra: list[str]) -> dict[str, object]:
             return {"case": case, "failed": "".join(error)[:200] or run.stderr[-300:]}
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][steps // 2 :]
-    speeds = [record["tokens_per_second"] for record in records]
+    speeds = [record["tokens_per_second_per_device"] for record in records]
     return {
         "case": case,
-        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_per_gpu": statistics.median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
         "step_ms": 1e3 * statistics.median(r["seconds_per_step"] for r in records),
@@ -94,9 +100,20 @@ def measure(case: str, steps: int, extra: list[str]) -> dict[str, object]:
     }
 
 
+def _launcher(num_gpus: str) -> list[str]:
+    """What comes before the module to run: nothing for one GPU."""
+    if num_gpus == "1":
+        return []
+    launch = f"--nproc-per-node {num_gpus} --local-ranks-filter 0 --role rank --tee 3"
+    return f"torchtitan.launcher {launch} --rdzv-backend c10d --rdzv-endpoint localhost:0 -m".split()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="+", help="model:variant:recomputation:sequences a GPU, such as l8x8:compile:none:4")
+    parser.add_argument("cases", nargs="+", help=(
+        "model:variant:recomputation:sequences a data-parallel rank[:layout], such as l8x8:compile:none:4 "
+        "or l8b:compile:op:4:tp2; layouts are fsdp1 (the default), fsdp2, tp2 and so on"
+    ))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--extra", default="", help="more arguments for every run")

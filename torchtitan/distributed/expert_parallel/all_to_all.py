@@ -57,6 +57,7 @@ class AllToAllTokenDispatcher:
         self.sp_size = sp_size
         self.sp_rank = sp_rank
         self.group = register_group(ep_mesh.get_group())
+        self.peak_received_bytes = 0  # of one dispatch, since whoever reports it set this to 0
 
     def dispatch(
         self,
@@ -76,6 +77,7 @@ class AllToAllTokenDispatcher:
         received, splits = exchange_counts(counts, self.ep_mesh.size(), self.group)
         exchange = Exchange.of(received, splits, self.group)
         rows, scores = to_experts(x, scores, order, exchange)
+        self.peak_received_bytes = max(self.peak_received_bytes, rows.nbytes)
         if self.score_before_experts:
             rows, scores = routing.weight(rows, scores), None
         metadata = AllToAllMetadata(num_tokens, order, exchange, scores)
