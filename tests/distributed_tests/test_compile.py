@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from tests.distributed_tests.test_data_parallel import (
@@ -17,6 +19,7 @@ from tests.distributed_tests.test_data_parallel import (
 from torchtitan.config.schema import Compile
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.styles import loss_layout
+from torchtitan.models.moe.config import MoEConfig
 
 
 def graphs(config, n_layers):
@@ -43,6 +46,52 @@ def test_equal_blocks_share_one_graph(name):
     """Else the time of a first step would grow with depth. The second graph is the loss."""
     world_size, config = COMPILED[name]
     assert run_ranks(graphs, world_size, config, 4, timeout=180) == [2] * world_size
+
+
+def moe_graphs(config, n_layers, n_steps):
+    """Graphs and graph breaks after each step of a model with experts, whose routing varies."""
+    model_config = replace(EXPERTS, n_layers=n_layers)
+    degrees, model = build(model_config, config)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    seen = []
+    with loss_layout(degrees.tp, config.parallelism):
+        for _ in range(n_steps):
+            tokens = torch.randint(54, (2, 8), generator=generator)
+            model(tokens, tokens).backward()
+            routed = {tuple(layer.moe.tokens_per_expert.tolist()) for layer in list(model.layers.values())[1:]}
+            seen.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    assert len(routed) == n_layers - 1  # no two layers and steps had the same load
+    return seen
+
+
+EXPERTS = tiny(
+    n_heads=2,
+    n_kv_heads=2,
+    moe=MoEConfig(num_experts=4, top_k=2, ffn_dim=12, num_shared_experts=1),
+    n_dense_layers=1,
+)
+BY_OP = {"ac": "selective", "selective_ac_option": "op"}
+EP2 = {"expert_parallel_degree": 2}
+EP2_TP2 = EP2 | {"tensor_parallel_degree": 2, "enable_sequence_parallel": False}
+MOE_GRAPHS = {
+    "one rank": (1, job(compiled=True), 3),
+    "fsdp2, by-op ac": (2, job(compiled=True, **BY_OP), 3),
+    "ep2": (2, job(compiled=True, tp=EP2), 6),
+    "ep2, full ac": (2, job(compiled=True, tp=EP2, ac="full"), 6),
+    "tp2 ep2, no sp": (2, job(compiled=True, tp=EP2_TP2), 10),
+}
+
+
+@pytest.mark.parametrize("name", MOE_GRAPHS)
+def test_layers_with_experts_need_few_graphs_whatever_the_routing(name):
+    """One is the loss, one the dense block, one a block with experts; an exchange cuts that into pieces.
+
+    Two layers with experts need no more than one.
+    """
+    world_size, config, expected = MOE_GRAPHS[name]
+    for seen in run_ranks(moe_graphs, world_size, config, 3, 5, timeout=180):
+        assert seen == [seen[0]] * 5, "a later step compiled something"
+        assert seen[0][0] == expected, seen[0]
 
 
 def budgeted(config):

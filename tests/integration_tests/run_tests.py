@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.integration_tests.cases import CASES, REFERENCE, OverrideDefinitions
@@ -25,7 +26,13 @@ def run_case(case: OverrideDefinitions, output_dir: Path) -> list[float]:
     """Launch a case and return its losses by step; raises RuntimeError with the output if it fails."""
     dump_folder = output_dir / case.test_name
     for args in case.override_args:
-        _launch(case, [f"--job.dump_folder={dump_folder}", *args])
+        args = [f"--job.dump_folder={dump_folder}", *args]
+        launch(CONFIG_FILE, args, ngpu=case.ngpu, nnodes=case.nnodes)
+    return losses(dump_folder)
+
+
+def losses(dump_folder: Path) -> list[float]:
+    """A run's losses by step."""
     lines = (dump_folder / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
@@ -36,12 +43,17 @@ def assert_same_curve(losses: list[float], reference: list[float]) -> None:
         assert math.isclose(loss, expected, rel_tol=RELATIVE_TOLERANCE), (step, loss, expected)
 
 
-def _launch(case: OverrideDefinitions, args: list[str]) -> None:
-    """Start run_train.sh once a node, and wait for all."""
+def launch(
+    config_file: Path, args: Sequence[str], ngpu: int = 1, nnodes: int = 1, status: int = 0
+) -> str:
+    """Start run_train.sh once a node, wait for all, and return what they printed.
+
+    Raises RuntimeError, with that, where one ends with another status.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment |= {"CONFIG_FILE": str(CONFIG_FILE), "NGPU": str(case.ngpu)}
-    if case.nnodes > 1:
-        environment |= {"NNODES": str(case.nnodes), "RDZV_ENDPOINT": f"localhost:{_free_port()}"}
+    environment |= {"CONFIG_FILE": str(config_file), "NGPU": str(ngpu)}
+    if nnodes > 1:
+        environment |= {"NNODES": str(nnodes), "RDZV_ENDPOINT": f"localhost:{_free_port()}"}
     nodes = [
         subprocess.Popen(
             [REPO / "run_train.sh", *args],
@@ -51,15 +63,16 @@ def _launch(case: OverrideDefinitions, args: list[str]) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for _ in range(case.nnodes)
+        for _ in range(nnodes)
     ]
     try:
-        outputs = [node.communicate(timeout=TIMEOUT_SECONDS)[0] for node in nodes]
+        output = "\n".join(node.communicate(timeout=TIMEOUT_SECONDS)[0] for node in nodes)
     finally:
         for node in nodes:
             node.terminate()
-    if any(node.returncode for node in nodes):
-        raise RuntimeError(f"{case.test_name} failed\n" + "\n".join(outputs))
+    if any(node.returncode != status for node in nodes):
+        raise RuntimeError(f"{config_file} {' '.join(args)} failed\n{output}")
+    return output
 
 
 def _free_port() -> int:
