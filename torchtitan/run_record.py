@@ -56,6 +56,8 @@ def describe(
         f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
         f"{precision.reduce}"
     )
+    if rows := config.moe.max_rows_per_chunk:
+        yield f"experts work on {rows} rows at a time: less memory, and slower"
     names = ("dp_replicate", "dp_shard", "tp", *(("ep", "etp") if degrees.ep > 1 else ()))
     axes = ", ".join(f"{axis} {getattr(degrees, axis)}" for axis in names)
     training = config.training
