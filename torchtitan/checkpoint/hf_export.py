@@ -6,6 +6,7 @@ the files, and reads for each what it holds. So no rank needs memory for more th
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -93,7 +94,9 @@ def save(
 ) -> None:
     """Write a model's tensors into a folder that is there. Collective."""
     parts = folder / "parts"
-    dcp.save({MODEL.rstrip("."): state}, checkpoint_id=parts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+        dcp.save({MODEL.rstrip("."): state}, checkpoint_id=parts)
     write(export, parts, folder, dtype, assets)
     _barrier()
     if _rank() == 0:
