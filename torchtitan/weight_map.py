@@ -99,7 +99,7 @@ WeightMap = tuple[Rule | Twin | Drop, ...]
 
 
 def rule_for(table: WeightMap, ours: str) -> tuple[Rule, str]:
-    """The rule of a tensor of ours, and its layer's index or "". Raises LookupError without one."""
+    """The first rule for a tensor of ours, and its layer's index or ""; LookupError without one."""
     for rule in table:
         if not isinstance(rule, Twin | Drop) and (found := match(rule.ours, ours)) is not None:
             return rule, found.get("layer", "")

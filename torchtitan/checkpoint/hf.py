@@ -21,7 +21,6 @@ from torchtitan.checkpoint.hf_pieces import Piece, is_dropped, pieces, twins
 from torchtitan.checkpoint.hf_reader import PieceReader, read_into
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import JobConfig, Training
-from torchtitan.logging import logger
 from torchtitan.models.hf_format import HFFormat, differences, read_config
 from torchtitan.models.registry import hf_formats
 
@@ -51,15 +50,14 @@ def load_pretrained(
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     model.fill_buffers(device)
-    read_into(_held_by(reader, model), reader)
+    fill(model.state_dict(), reader)
     return model.eval()
 
 
-def load(folder: Path, model: nn.Module, name: str, quantized: bool) -> None:
-    """Fill a model of family `name`, in whatever layout. Not collective; raises ConfigError."""
-    reader = open_folder(folder, model.config, name, quantized)
-    read_into(_held_by(reader, model), reader)
-    logger.info(f"loaded the weights of {folder}")
+def fill(state: Mapping[str, torch.Tensor], reader: PieceReader) -> None:
+    """Fill tensors of any layout, in place, as far as files have them. Not collective."""
+    known = reader.metadata.state_dict_metadata
+    read_into({name: tensor for name, tensor in state.items() if name in known}, reader)
 
 
 def open_folder(folder: Path, config: Any, name: str, quantized: bool) -> PieceReader:
@@ -147,9 +145,3 @@ def _faults(
     ]
     if misshapen:
         yield Fault(str(folder), f"of another shape than in the model: {', '.join(misshapen)}.")
-
-
-def _held_by(reader: PieceReader, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Those of a model's tensors that the files have."""
-    known = reader.metadata.state_dict_metadata
-    return {name: tensor for name, tensor in model.state_dict().items() if name in known}

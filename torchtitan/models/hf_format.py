@@ -231,5 +231,9 @@ EXPERT_WEIGHTS: WeightMap = (
         (f"{_MLP}.experts.{{expert}}.gate_proj.weight", f"{_MLP}.experts.{{expert}}.up_proj.weight"),
     ),
     Stack("layers.{layer}.moe.experts.w2", (f"{_MLP}.experts.{{expert}}.down_proj.weight",)),
+    OnlyOurs(
+        "layers.{layer}.moe.expert_bias",
+        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
+    ),
     OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )
