@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.manager import Progress, find_checkpoint, read_progress
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.checks import check_config
@@ -51,6 +52,7 @@ class Setup:
     progress: Progress
     """How far that checkpoint is; empty for a new run."""
     global_batch_size: int
+    hf: HuggingFace
 
 
 def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
@@ -79,14 +81,20 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     if model and config.optimizer.no_decay:
         attempt(check_no_decay, config.optimizer.no_decay, _parameter_names(model))
     attempt(_check_data, config)
-    checkpoint = attempt(find_checkpoint, config.checkpoint, Path(config.job.dump_folder))
+    places = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, *places)
+    hf = model and HuggingFace(config.model.name, model, places[1])
+    if hf and checkpoint:
+        attempt(_check_hugging_face_load, hf, config, checkpoint)
+    if hf and config.checkpoint.last_save_in_hf:
+        attempt(hf.check_save)
     progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
     batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
     attempt(_check_data_position, config, progress or {})
     if faults:
         raise ConfigError(faults)
-    return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size)
+    return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size, hf)
 
 
 def _import(module: str) -> list[Fault]:
@@ -138,12 +146,21 @@ def _check_data(config: JobConfig) -> None:
         open_sources(specs, Dealing(num_slots=1, seed=0, shuffle=False), name)
 
 
+def _check_hugging_face_load(hf: HuggingFace, config: JobConfig, checkpoint: Path) -> None:
+    own, load = _is_own(checkpoint, config), config.checkpoint
+    if is_folder(checkpoint) or (load.initial_load_in_hf and not own):
+        hf.check_load(checkpoint, load.initial_load_in_hf_quantized and not own)
+
+
+def _is_own(checkpoint: Path, config: JobConfig) -> bool:
+    return checkpoint.parent == Path(config.job.dump_folder) / config.checkpoint.folder
+
+
 def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
     """What the run takes over from its checkpoint beside the tensors."""
     if checkpoint is None:
         return {}
-    own = checkpoint.parent == Path(config.job.dump_folder) / config.checkpoint.folder
-    if not own and config.checkpoint.initial_load_model_only:
+    if not _is_own(checkpoint, config) and config.checkpoint.initial_load_model_only:
         return {}
     progress = read_progress(checkpoint)
     if progress["model_only"] and progress["step"] < config.training.steps:

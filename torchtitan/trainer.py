@@ -56,8 +56,9 @@ class Trainer:
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.degrees.ep)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
+        state = state_by_name(self.optimizer)
         self.checkpoints = CheckpointManager(
-            config.checkpoint, self.dump_folder, self.model, state_by_name(self.optimizer)
+            config.checkpoint, self.dump_folder, self.model, state, setup.hf
         )
         if setup.checkpoint is not None:
             self.checkpoints.load(setup.checkpoint)

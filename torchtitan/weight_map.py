@@ -53,7 +53,7 @@ class Permute:
     """The same numbers with axes transposed, split or merged, from theirs to ours.
 
     "e d (f p) -> e p f d": the last axis of theirs alternates between gate and up (p), ours has them
-    apart, and transposed. The sizes are those of ours.
+    apart, and transposed. Axes of ours stand alone, and have the sizes.
     """
 
     ours: str
@@ -66,10 +66,12 @@ class Permute:
 
 @dataclass(frozen=True)
 class OnlyOurs:
-    """Theirs has no such tensor: reading leaves it as it is, writing needs it to be all zeros."""
+    """Theirs has no such tensor: reading leaves it as it is."""
 
     ours: str
     reason: str
+    must_be_zero: bool = True
+    """What the model computes depends on it, so that writing needs it to be all zeros."""
 
     def parts(self, layer: str, shape: Sequence[int]) -> Iterator[Part]:
         yield from ()
@@ -85,7 +87,7 @@ class Twin:
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor of theirs that the model does not use; `{extra_layer}` is one past our last."""
+    """A tensor of theirs that the model does not use; an `{extra_layer}` is one past our last."""
 
     theirs: str
     reason: str
@@ -97,7 +99,7 @@ WeightMap = tuple[Rule | Twin | Drop, ...]
 
 
 def rule_for(table: WeightMap, ours: str) -> tuple[Rule, str]:
-    """The rule of a tensor of ours, and its layer's index or "". Raises LookupError without one."""
+    """The first rule for a tensor of ours, and its layer's index or ""; LookupError without one."""
     for rule in table:
         if not isinstance(rule, Twin | Drop) and (found := match(rule.ours, ours)) is not None:
             return rule, found.get("layer", "")

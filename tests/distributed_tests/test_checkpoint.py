@@ -18,6 +18,7 @@ from torchtitan.distributed.launch import run_ranks
 from torchtitan.optim.optimizer import build_optimizer, state_by_name
 
 ENABLED = Checkpoint(enable=True)
+ASSETS = Path("tests/assets/tokenizer")
 
 
 def manager(folder, value, **options):
@@ -52,31 +53,31 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     (folder / "step-30.tmp").mkdir()  # an interrupted save
     (folder / "step-20").mkdir()  # not ours: no progress.json
     assert saved_steps(folder) == [2, 4, 10]
-    newest = find_checkpoint(ENABLED, tmp_path)
+    newest = find_checkpoint(ENABLED, tmp_path, ASSETS)
     assert newest == folder / "step-10"
     assert read_progress(newest) == {"seed": 1, "step": 10, "model_only": False}
     assert run_ranks(load, 1, tmp_path, newest) == [(10.0, 10.0)]
-    assert find_checkpoint(Checkpoint(enable=True, load_step=4), tmp_path) == folder / "step-4"
-    assert find_checkpoint(Checkpoint(enable=False), tmp_path) is None
+    assert find_checkpoint(Checkpoint(enable=True, load_step=4), tmp_path, ASSETS) == folder / "step-4"
+    assert find_checkpoint(Checkpoint(enable=False), tmp_path, ASSETS) is None
 
 
 def test_a_missing_step_is_refused_with_the_nearest(tmp_path):
     run_ranks(save, 1, tmp_path, [2, 4])
     with pytest.raises(ConfigError, match=r"load_step = 5: no such checkpoint.*Nearest: 2, 4"):
-        find_checkpoint(Checkpoint(enable=True, load_step=5), tmp_path)
+        find_checkpoint(Checkpoint(enable=True, load_step=5), tmp_path, ASSETS)
 
 
 def test_an_initial_load_path_is_used_until_the_run_has_its_own(tmp_path):
     run_ranks(save, 1, tmp_path / "first", [3])
     source = tmp_path / "first" / "checkpoint" / "step-3"
     config = Checkpoint(enable=True, initial_load_path=str(source))
-    assert find_checkpoint(config, tmp_path / "second") == source
+    assert find_checkpoint(config, tmp_path / "second", ASSETS) == source
     assert run_ranks(load, 1, tmp_path / "second", source) == [(3.0, 0.0)]  # the model only
     run_ranks(save, 1, tmp_path / "second", [1])
-    assert find_checkpoint(config, tmp_path / "second").name == "step-1"
+    assert find_checkpoint(config, tmp_path / "second", ASSETS).name == "step-1"
     broken = Checkpoint(enable=True, initial_load_path=str(tmp_path))
     with pytest.raises(ConfigError, match="not a complete checkpoint"):
-        find_checkpoint(broken, tmp_path / "third")
+        find_checkpoint(broken, tmp_path / "third", ASSETS)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(2, [4, 5]), (0, [1, 2, 3, 4, 5])])
@@ -107,7 +108,7 @@ def test_the_last_save_holds_the_weights_alone(tmp_path):
 
 def test_the_optimizer_can_be_excluded(tmp_path):
     run_ranks(save, 1, tmp_path, [2])
-    newest = find_checkpoint(ENABLED, tmp_path)
+    newest = find_checkpoint(ENABLED, tmp_path, ASSETS)
     assert run_ranks(load_excluding, 1, tmp_path, newest) == [(2.0, 0.0)]
 
 

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "checkpoint": LEAVES | MESH,
     "quantization": LEAVES | MESH,
     "observability": LEAVES | MESH,
-    "checkpoint.hf": LEAVES | MESH | {"models.registry"},
+    "checkpoint.hf": LEAVES | MESH | {"models.registry", "models.hf_format"},
+    "checkpoint.hf_export": LEAVES | MESH | {"models.registry", "models.hf_format"},
     **{leaf: {"logging"} for leaf in LEAVES},
     "routing": {"ops"},
 }

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import Checkpoint
 from torchtitan.logging import logger
@@ -33,10 +34,10 @@ def saved_steps(folder: Path) -> list[int]:
     return [step for step in steps if (folder / f"step-{step}" / _PROGRESS_FILE).exists()]
 
 
-def find_checkpoint(config: Checkpoint, dump_folder: Path) -> Path | None:
+def find_checkpoint(config: Checkpoint, dump_folder: Path, assets: Path) -> Path | None:
     """The checkpoint this run starts from: one of its own, or else initial_load_path, or none.
 
-    Raises ConfigError where a checkpoint that was asked for is not there.
+    `assets` is model.hf_assets_path, where initial_load_in_hf looks without a path. Raises ConfigError where a checkpoint that was asked for is not there.
     """
     if not config.enable:
         return None
@@ -50,12 +51,15 @@ def find_checkpoint(config: Checkpoint, dump_folder: Path) -> Path | None:
         reason = f"no such checkpoint in {folder}."
         fault = Fault("checkpoint.load_step", reason, remedy, value=config.load_step)
         raise ConfigError([fault])
+    if config.initial_load_in_hf:
+        return Path(config.initial_load_path or assets)
     if config.initial_load_path is None:
         return None
     path = Path(config.initial_load_path)
     if not (path / _PROGRESS_FILE).exists():
         reason = "is not a complete checkpoint (a folder like .../checkpoint/step-1000)."
-        raise ConfigError([Fault("checkpoint.initial_load_path", reason, value=str(path))])
+        remedy = "Set checkpoint.initial_load_in_hf = true." if is_folder(path) else ""
+        raise ConfigError([Fault("checkpoint.initial_load_path", reason, remedy, str(path))])
     return path
 
 
@@ -73,15 +77,21 @@ class CheckpointManager:
         dump_folder: Path,
         model: nn.Module,
         optimizer_state: dict[str, dict[str, torch.Tensor]],
+        hf: HuggingFace | None = None,
     ):
         self.config = config
         self.folder = dump_folder / config.folder
         self.model = model
         self.optimizer_state = optimizer_state
+        self.hf = hf
 
     def load(self, checkpoint: Path) -> None:
         """Read weights, and optimizer state unless it is excluded, in any layout. Collective."""
         own = checkpoint.parent == self.folder
+        if is_folder(checkpoint):
+            quantized = not own and self.config.initial_load_in_hf_quantized
+            self.hf.load(checkpoint, self.model.state_dict(), quantized)
+            return
         weights_only = (
             (not own and self.config.initial_load_model_only)
             or "optimizer" in self.config.exclude_from_loading
@@ -104,17 +114,21 @@ class CheckpointManager:
         """Write step-`step` and publish it; on the last step maybe the weights alone. Collective."""
         model_only = last and self.config.last_save_model_only
         state: dict[str, Any] = {"model": self.model.state_dict()}
-        if model_only:
-            dtype = getattr(torch, self.config.export_dtype)
+        in_hf = last and self.config.last_save_in_hf
+        dtype = getattr(torch, self.config.export_dtype)
+        if model_only and not in_hf:
             state["model"] = {name: t.to(dtype) for name, t in state["model"].items()}
-        else:
+        elif not model_only:
             state["optimizer"] = self.optimizer_state
         final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        dcp.save(state, checkpoint_id=temporary)
+        if in_hf:
+            self.hf.save(temporary, state["model"], dtype)
+        else:
+            dcp.save(state, checkpoint_id=temporary)
         if dist.get_rank() == 0:
             progress = progress | {"step": step, "model_only": model_only}
             (temporary / _PROGRESS_FILE).write_text(json.dumps(progress))

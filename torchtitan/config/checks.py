@@ -219,6 +219,13 @@ def hugging_face_checkpoints_hold_the_model_only(config: JobConfig) -> Iterator[
         remedy = "Set checkpoint.initial_load_in_hf = true."
         key = "checkpoint.initial_load_in_hf_quantized"
         yield Fault(key, "says how Hugging Face files are read, and none are.", remedy, True)
+    for key in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(checkpoint, key) and not checkpoint.enable:
+            remedy = "Set checkpoint.enable = true."
+            yield Fault(f"checkpoint.{key}", "no checkpoint is loaded or saved.", remedy, True)
+    if checkpoint.last_save_in_hf and checkpoint.load_only:
+        remedy = "Set checkpoint.load_only = false."
+        yield Fault("checkpoint.last_save_in_hf", "nothing is saved.", remedy, True)
 
 
 def seed_checkpoint_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:

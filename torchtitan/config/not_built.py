@@ -63,15 +63,6 @@ NOT_BUILT = (
     NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
     NotBuilt("asynchronous checkpointing", PLANNED, ("checkpoint.async_mode",)),
     NotBuilt("the seed checkpoint", PLANNED, ("checkpoint.create_seed_checkpoint",)),
-    NotBuilt(
-        "reading and writing Hugging Face weights",
-        PLANNED,
-        (
-            "checkpoint.initial_load_in_hf",
-            "checkpoint.initial_load_in_hf_quantized",
-            "checkpoint.last_save_in_hf",
-        ),
-    ),
     NotBuilt("training without real communication", PLANNED, ("comm.mode",)),
     NotBuilt(
         "memory estimation",

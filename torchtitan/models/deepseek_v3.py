@@ -18,7 +18,7 @@ from torchtitan.models.hf_format import (
 from torchtitan.models.mla import LatentAttention, LatentConfig
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.rope import YaRNScaling
-from torchtitan.weight_map import Drop, OnlyOurs, Rename
+from torchtitan.weight_map import Drop, Rename
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,6 @@ _WEIGHTS = (
     Rename("layers.{layer}.moe.shared_experts.w2.weight", f"{_SHARED}.down_proj.weight"),
     Rename("layers.{layer}.moe.shared_experts.w3.weight", f"{_SHARED}.up_proj.weight"),
 )
-_BIAS = "layers.{layer}.moe.expert_bias"
 _FIELDS = DECODER_FIELDS | {
     "kv_lora_rank": Field("latent.kv_lora_rank", default=512),
     "q_lora_rank": Field("latent.q_lora_rank", default=0, encode=lambda rank: rank or None),
@@ -206,7 +205,7 @@ _V2 = HFFormat(
     | {"norm_topk_prob": False, "mlp_bias": False},
     derived=_DERIVED,
     ignored=("n_group", "topk_group"),
-    weights=(*_WEIGHTS, OnlyOurs(_BIAS, "DeepSeek-V2 has no balance bias")),
+    weights=_WEIGHTS,
 )
 
 HF_FORMATS = (
@@ -219,8 +218,8 @@ HF_FORMATS = (
         | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": True},
         derived=_DERIVED,
         weights=(
+            Rename("layers.{layer}.moe.expert_bias", f"{_LAYER}.mlp.gate.e_score_correction_bias"),
             *_WEIGHTS,
-            Rename(_BIAS, f"{_LAYER}.mlp.gate.e_score_correction_bias"),
             Drop("model.layers.{extra_layer}.*", "predicts the token after the next"),
         ),
     ),

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.models.rope import RoPEScaling, YaRNScaling
-from torchtitan.weight_map import Drop, Rename, Stack, Twin, WeightMap
+from torchtitan.models.hf_positions import read_positions, write_scaling
+from torchtitan.weight_map import Drop, OnlyOurs, Rename, Stack, Twin, WeightMap
 
 NEEDED = object()
 """As a field's default: a file without the field is refused."""
@@ -23,7 +23,8 @@ use_cache"""
 """Fields that do not change logits in evaluation mode, or that the reader of weights looks at."""
 
 _RUNTIME = {"seq_len", "attn_type", "attn_mask_type", "force_load_balance", "experts_backend"}
-_RUNTIME |= {"max_rows_per_chunk", "load_balance_coeff"}
+_RUNTIME |= {"max_rows_per_chunk", "load_balance_coeff", "sequence_balance_coeff"}
+_RUNTIME |= {"global_balance_coeff", "router_z_coeff"}
 """Fields of ours that say how a model is computed or trained, not what it is."""
 
 
@@ -87,19 +88,20 @@ def write_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, An
     return _best([(lambda f=f: (_encode(f, config), f)) for f in fitting])
 
 
-def differences(config: Any, other: Any, path: str = "model.overrides") -> Iterator[Fault]:
-    """Where two configs of one family are not the same model, as faults of `config`."""
+def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two configs of one family are not the same model: the field's path and both values."""
     if type(config) is not type(other):
-        yield Fault(path, f"{other!r}.", value=repr(config))
+        yield path, config, other
         return
     for field in fields(config):
         ours, theirs = getattr(config, field.name), getattr(other, field.name)
         if field.name in _RUNTIME or ours == theirs:
             continue
+        inner = f"{path}.{field.name}".removeprefix(".")
         if is_dataclass(ours):
-            yield from differences(ours, theirs, f"{path}.{field.name}")
+            yield from differences(ours, theirs, inner)
         else:
-            yield Fault(f"{path}.{field.name}", f"{theirs!r}.", value=ours)
+            yield inner, ours, theirs
 
 
 def _best(attempts: list[Callable[[], Any]]) -> Any:
@@ -132,7 +134,7 @@ def _decode(format: HFFormat, theirs: Mapping[str, Any]) -> Any:
         if (given := left.pop(name, None)) not in (None, value):
             faults.append(Fault(name, f"only {value!r} is supported.", value=given))
     try:
-        theta, scaling = _read_positions(left)
+        theta, scaling = read_positions(left)
         config = replace(config, rope_theta=theta, rope_scaling=scaling)
     except ValueError as error:
         faults.append(Fault("rope_parameters", f"{error}."))
@@ -156,10 +158,13 @@ def _encode(format: HFFormat, config: Any) -> dict[str, Any]:
     theirs |= format.fixed
     # As transformers 4 names them: 5 reads these too, and so does other software.
     theirs["rope_theta"] = config.rope_theta
-    theirs["rope_scaling"] = _write_scaling(config.rope_scaling)
-    if faults := list(differences(config, _decode(format, theirs))):
-        has = f"a {format.architecture} has"
-        raise ConfigError([replace(f, reason=f"{has} {f.reason}") for f in faults])
+    theirs["rope_scaling"] = write_scaling(config.rope_scaling)
+    faults = [
+        Fault(f"model.overrides.{path}", f"a {format.architecture} has {given!r}.", value=ours)
+        for path, ours, given in differences(config, _decode(format, theirs))
+    ]
+    if faults:
+        raise ConfigError(faults)
     return theirs
 
 
@@ -172,71 +177,6 @@ def _get(config: Any, path: str) -> Any:
 def _put(config: Any, path: str, value: Any) -> Any:
     name, _, rest = path.partition(".")
     return replace(config, **{name: _put(getattr(config, name), rest, value) if rest else value})
-
-
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_max_seq_len",
-}
-_YARN = {
-    "factor": "factor",
-    "original_max_position_embeddings": "original_max_seq_len",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}
-
-
-def _read_positions(left: dict[str, Any]) -> tuple[float, RoPEScaling | YaRNScaling | None]:
-    """RoPE's base and scaling, taken out of `left`; ValueError for kinds that are not known."""
-    theta = left.pop("rope_theta", None)
-    given = left.pop("rope_parameters", None) or {}
-    left_scaling = left.pop("rope_scaling", None) or {}
-    given = {name: v for name, v in {**left_scaling, **given}.items() if v is not None}
-    theta = float(given.pop("rope_theta", theta or 10_000.0))
-    kinds = {given.pop("type", None), given.pop("rope_type", None)} - {None}
-    kind = kinds.pop() if len(kinds) == 1 else ("default" if not kinds else str(kinds))
-    if kind == "default":
-        scaling = None
-    elif kind == "llama3":
-        scaling = RoPEScaling(**_take(given, _LLAMA3))
-    elif kind == "yarn":
-        scaling = _yarn(_take(given, _YARN))
-        given = {name: v for name, v in given.items() if (name, v) != ("truncate", True)}
-    else:
-        raise ValueError(f"rope_type {kind!r} is not supported; default, llama3 and yarn are")
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not supported")
-    if given:
-        raise ValueError(f"{', '.join(sorted(given))} is not supported with rope_type {kind!r}")
-    return theta, scaling
-
-
-def _take(given: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in given:
-            raise ValueError(f"{name} is missing")
-    return {ours: given.pop(name) for name, ours in names.items() if name in given}
-
-
-def _yarn(values: dict[str, Any]) -> YaRNScaling:
-    # transformers looks at mscale only where both of them are set.
-    if not values.get("mscale_all_dim"):
-        values = values | {"mscale": 1.0, "mscale_all_dim": 0.0}
-    elif not values.get("mscale"):
-        raise ValueError("mscale_all_dim without mscale is not supported")
-    values = {name: v if name == "original_max_seq_len" else float(v) for name, v in values.items()}
-    return YaRNScaling(**values)
-
-
-def _write_scaling(scaling: RoPEScaling | YaRNScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    kind, names = ("yarn", _YARN) if isinstance(scaling, YaRNScaling) else ("llama3", _LLAMA3)
-    return {"rope_type": kind, **{theirs: getattr(scaling, ours) for theirs, ours in names.items()}}
 
 
 def leading_layers(indices: Sequence[int]) -> int:
@@ -291,4 +231,9 @@ EXPERT_WEIGHTS: WeightMap = (
         (f"{_MLP}.experts.{{expert}}.gate_proj.weight", f"{_MLP}.experts.{{expert}}.up_proj.weight"),
     ),
     Stack("layers.{layer}.moe.experts.w2", (f"{_MLP}.experts.{{expert}}.down_proj.weight",)),
+    OnlyOurs(
+        "layers.{layer}.moe.expert_bias",
+        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
+    ),
+    OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )

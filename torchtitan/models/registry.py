@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchtitan import models
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.models.hf_format import HFFormat
 
 
 def families() -> list[str]:
@@ -26,6 +27,21 @@ def model_config(name: str, flavor: str, overrides: dict[str, Any]) -> Any:
     if flavor not in flavors:
         raise ConfigError([_unknown("model.flavor", flavor, list(flavors))])
     return _override(flavors[flavor], overrides, "model.overrides")
+
+
+def hf_formats(name: str | None = None) -> tuple[HFFormat, ...]:
+    """What Hugging Face calls a family's config fields and tensors; of all families without a name.
+
+    Raises ConfigError where nothing of the kind is known of the family.
+    """
+    if name is None:
+        return sum((getattr(_module(family), "HF_FORMATS", ()) for family in families()), ())
+    formats = getattr(_module(name), "HF_FORMATS", ())
+    if not formats:
+        remedy = "A family's module says it in HF_FORMATS; see docs/adding_a_model.md."
+        reason = "nothing says what Hugging Face calls this family's tensors."
+        raise ConfigError([Fault("model.name", reason, remedy, name)])
+    return formats
 
 
 def _module(name: str) -> ModuleType:

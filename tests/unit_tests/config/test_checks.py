@@ -89,6 +89,8 @@ def test_a_misspelt_name_is_answered_with_the_right_one():
 
 
 COMPILED = "--compile.enable"
+HF_LOAD = "--checkpoint.enable --checkpoint.initial_load_in_hf"
+HF_SAVE = "--checkpoint.enable --checkpoint.last_save_in_hf"
 COMBINATIONS = [
     # what is refused, the command line, the same made right
     ("optimizer.beta1", "--optimizer.beta1 1", "--optimizer.beta1 0"),
@@ -145,6 +147,24 @@ COMBINATIONS = [
         "--debug.deterministic_warn_only",
         "--debug.deterministic_warn_only --debug.deterministic",
     ),
+    (
+        "checkpoint.initial_load_in_hf",
+        f"{HF_LOAD} --checkpoint.no_initial_load_model_only",
+        HF_LOAD,
+    ),
+    ("checkpoint.initial_load_in_hf", "--checkpoint.initial_load_in_hf", HF_LOAD),
+    (
+        "checkpoint.initial_load_in_hf_quantized",
+        "--checkpoint.initial_load_in_hf_quantized",
+        f"{HF_LOAD} --checkpoint.initial_load_in_hf_quantized",
+    ),
+    (
+        "checkpoint.last_save_in_hf",
+        f"{HF_SAVE} --checkpoint.no_last_save_model_only",
+        HF_SAVE,
+    ),
+    ("checkpoint.last_save_in_hf", "--checkpoint.last_save_in_hf", HF_SAVE),
+    ("checkpoint.last_save_in_hf", f"{HF_SAVE} --checkpoint.load_only", HF_SAVE),
 ]
 
 
@@ -156,21 +176,6 @@ def test_combinations(key, wrong, right):
 
 NOT_BUILT_COMBINATIONS = [
     # the rule's key and reason; the switch itself is refused as well, as not built
-    (
-        "checkpoint.initial_load_in_hf",
-        "weights alone",
-        "--checkpoint.initial_load_in_hf --checkpoint.no_initial_load_model_only",
-    ),
-    (
-        "checkpoint.last_save_in_hf",
-        "weights alone",
-        "--checkpoint.last_save_in_hf --checkpoint.no_last_save_model_only",
-    ),
-    (
-        "checkpoint.initial_load_in_hf_quantized",
-        "none are",
-        "--checkpoint.initial_load_in_hf_quantized",
-    ),
     (
         "checkpoint.create_seed_checkpoint",
         "nothing is saved",
