@@ -83,7 +83,7 @@ NOT_BUILT = (
         "this model family",
         PLANNED,
         ("model.name",),
-        refused=("gpt_oss", "llama4"),
+        refused=("llama4",),
     ),
     NotBuilt(
         "this model family",

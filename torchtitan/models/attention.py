@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.attention.varlen import varlen_attn
 
 from torchtitan.models.attention_mask import AttentionMask, VarlenMask, compiled
-from torchtitan.models.init import Init, Normal
+from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.rope import apply_rope
 from torchtitan.sharding import Fragment, Style
 
@@ -117,15 +117,21 @@ class Attention(nn.Module):
     }
 
     def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, residual_std: float
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        residual_std: float,
+        bias: bool = False,
     ):
         super().__init__()
         self.core = attend  # context parallelism puts its own here
         self.head_dim = head_dim
-        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias)
         inputs = Normal(0.02, cutoff=3)
         self.inits: dict[str, Init] = {
             "wq.weight": inputs,
@@ -133,6 +139,8 @@ class Attention(nn.Module):
             "wv.weight": inputs,
             "wo.weight": Normal(residual_std, cutoff=3),
         }
+        if bias:
+            self.inits |= {f"{name}.bias": Constant(0.0) for name in ("wq", "wk", "wv", "wo")}
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, L, H, C), keys and values (B, L, G, C), before rotation."""
