@@ -27,7 +27,7 @@ class Style(Enum):
     HEADS = "heads"
     """Attention, by head: inside, activations are local tensors and their gradients stay partial."""
     HEADS_COLWISE = "heads colwise"
-    """Inside: output features are split."""
+    """Inside: output features are split; so is what each head has a number of, in any attention."""
     HEADS_ROWWISE = "heads rowwise"
     """Inside: input features are split; outputs are summed, and the sequence split again."""
     REGION = "region"
@@ -37,7 +37,10 @@ class Style(Enum):
     REGION_ROWWISE = "region rowwise"
     """In a region: input features are split; outputs are left to be summed at its boundary."""
     EXPERTS = "experts"
-    """Weights (E, ..., F, D) and (E, D, F) of many experts: spread by expert, split along F."""
+    """Weights (E, ..., F, D) and (E, D, F) of many experts: spread by expert, split along F.
+
+    Of their biases (E, ..., F) alike; (E, D) is whole, and added once.
+    """
     HEAD = "head"
     """The output projection: the vocabulary is split, its input made whole."""
 

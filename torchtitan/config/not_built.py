@@ -74,7 +74,7 @@ NOT_BUILT = (
         "this model family",
         PLANNED,
         ("model.name",),
-        refused=("gpt_oss", "llama4", "mixtral"),
+        refused=("llama4",),
     ),
     NotBuilt(
         "this model family",

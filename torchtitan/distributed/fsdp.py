@@ -107,7 +107,8 @@ def _expert_placement(weights: set[int], num_ranks: int, weight: nn.Parameter) -
     if id(weight) not in weights:
         return None
     local = weight.to_local() if isinstance(weight, DTensor) else weight
-    along_hidden = len(local) < num_ranks and local.shape[EXPERT_HIDDEN_DIM] % num_ranks == 0
+    hidden = local.shape[EXPERT_HIDDEN_DIM:][:1]  # the output's bias has none
+    along_hidden = len(local) < num_ranks and hidden and hidden[0] % num_ranks == 0
     return Shard(EXPERT_HIDDEN_DIM if along_hidden else 0)
 
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 from torchtitan.models.attention_mask import AttentionMask, VarlenMask, compiled
-from torchtitan.models.init import Init, Normal
+from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.rope import apply_rope
 from torchtitan.sharding import Fragment, Style
 
@@ -35,22 +35,58 @@ def attend(
     v: torch.Tensor,
     mask: AttentionMask,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of q (B, L, H, C) over k (B, L, G, C) and v (B, L, G, V), as (B, L, H, V).
 
-    `scale` multiplies the products of queries and keys; None is C ** -0.5.
+    `scale` multiplies the products of queries and keys; None is C ** -0.5. `sinks` (H,) are scores,
+    not scaled, of one more key that every token sees, whose value is zero (arXiv 2309.17453).
     """
     if isinstance(mask, VarlenMask):
+        assert sinks is None, "the varlen kernel's log-sum-exp has no gradient (torch 2.11, 2.13)"
         return _attend_varlen(q, k, v, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        out = compiled(flex_attention)(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        out = _attend_flex(q, k, v, mask, scale, sinks)
+    elif sinks is None:
+        out = _attend_dense(q, k, v, mask, scale)
     else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-        )
+        out = _attend_dense_with_sinks(q, k, v, mask, scale, sinks)
     return out.transpose(1, 2)
+
+
+def _attend_dense(q, k, v, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+
+
+def _attend_dense_with_sinks(q, k, v, mask, scale: float | None, sinks) -> torch.Tensor:
+    """By a key before all others, so that causal attention stays causal and any kernel serves.
+
+    A channel more gives it its scores: in queries it is the sink, in keys 1 for that one, else 0.
+    """
+    scale = scale or q.shape[-1] ** -0.5
+    channel = (sinks / scale).to(q.dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
+    q = F.pad(torch.cat([q, channel], dim=-1), (0, 0, 1, 0))
+    k, v = (F.pad(x, (0, 1, 1, 0)) for x in (k, v))
+    k[..., 0, -1] = 1
+    if mask is not None:
+        mask = F.pad(mask, (1, 0, 1, 0), value=True)
+    return _attend_dense(q, k, v, mask, scale)[..., 1:, :-1]
+
+
+def _attend_flex(q, k, v, mask: BlockMask, scale: float | None, sinks) -> torch.Tensor:
+    attention, grouped = compiled(flex_attention), q.shape[1] != k.shape[1]
+    if sinks is None:
+        return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    out, aux = attention(
+        q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=AuxRequest(lse=True)
+    )
+    # exp(lse) / (exp(lse) + exp(sink)) is what the other keys keep of the softmax.
+    kept = torch.sigmoid(aux.lse - sinks.view(-1, 1))
+    return (out * kept.unsqueeze(-1)).to(out.dtype)
 
 
 _VARLEN_TAKES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.13; not 2.11
@@ -81,15 +117,21 @@ class Attention(nn.Module):
     }
 
     def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, residual_std: float
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        residual_std: float,
+        bias: bool = False,
     ):
         super().__init__()
         self.core = attend  # context parallelism puts its own here
         self.head_dim = head_dim
-        self.wq = nn.Linear(dim, n_heads * head_dim, bias=False)
-        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.wo = nn.Linear(n_heads * head_dim, dim, bias=False)
+        self.wq = nn.Linear(dim, n_heads * head_dim, bias)
+        self.wk = nn.Linear(dim, n_kv_heads * head_dim, bias)
+        self.wv = nn.Linear(dim, n_kv_heads * head_dim, bias)
+        self.wo = nn.Linear(n_heads * head_dim, dim, bias)
         inputs = Normal(0.02, cutoff=3)
         self.inits: dict[str, Init] = {
             "wq.weight": inputs,
@@ -97,6 +139,8 @@ class Attention(nn.Module):
             "wv.weight": inputs,
             "wo.weight": Normal(residual_std, cutoff=3),
         }
+        if bias:
+            self.inits |= {f"{name}.bias": Constant(0.0) for name in ("wq", "wk", "wv", "wo")}
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, L, H, C), keys and values (B, L, G, C), before rotation."""

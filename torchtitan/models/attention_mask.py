@@ -33,6 +33,14 @@ class Pattern:
         )
         return Pattern(window, chunk)
 
+    def mean_seen(self, length: int) -> float:
+        """How many tokens one sees on average, itself counted half, of a document this long."""
+        pairs = 0.0
+        for piece in _chunks(length, self.chunk):
+            window = min(self.window or piece, piece)
+            pairs += window * piece - window * window / 2
+        return pairs / length
+
 
 @dataclass(frozen=True)
 class VarlenMask:

@@ -42,7 +42,7 @@ class DecoderConfig:
     n_heads: int
     n_kv_heads: int
     ffn_dim: int
-    """Hidden width of the feed-forward in dense layers."""
+    """Hidden width of the feed-forward in dense layers; 0 where every layer has experts."""
     vocab_size: int
     moe: MoEConfig | None = None
     """Experts, in every layer after the first `n_dense_layers`."""
@@ -69,6 +69,11 @@ class DecoderConfig:
     def rope_dim(self) -> int:
         """Channels of a head that are rotated."""
         return self.head_dim
+
+    @property
+    def position_channels(self) -> int:
+        """Columns of `position_table`."""
+        return self.rope_dim // 2
 
     @property
     def n_moe_layers(self) -> int:
@@ -111,7 +116,9 @@ class DecoderConfig:
         return replace(self, moe=moe, seq_len=max(sequence_lengths(config).values()))
 
     def _size_faults(self) -> Iterator[Fault]:
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")
+        names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"]
+        if self.n_moe_layers < self.n_layers:
+            names.append("ffn_dim")
         yield from size_faults("model.overrides", {name: getattr(self, name) for name in names})
         if self.moe is not None:
             names = ("num_experts", "ffn_dim", "num_expert_groups", "num_scores_per_group")
@@ -163,19 +170,21 @@ class DecoderConfig:
             dim=dim,
             n_heads=heads,
             n_kv_heads=kv_heads,
-            ffn_dim=2 * dim,
+            ffn_dim=2 * dim if self.ffn_dim else 0,
             # Split over the ranks as unevenly as the whole vocabulary.
             vocab_size=min(self.vocab_size, 256 // tp * tp + self.vocab_size % tp),
             moe=moe,
         )
 
     def flops_per_token(self, seq_len: int) -> tuple[float, float]:
-        """Forward and backward FLOPs a token, attention counted (in full, by its causal half).
+        """Forward and backward FLOPs a token, attention counted (in full, by what masks leave).
 
         Matrix products cost 2 FLOPs a weight forward and 4 backward, of the weights that a token
-        meets: of the experts, the K it goes to. Attention's two products cost 2 * L a channel
-        forward (every token against the whole sequence). Recomputation is not counted, nor are norms,
-        activations and the embedding's look-up.
+        meets: of the experts, the K it goes to. Attention's two products cost 2 a channel forward
+        for each token that a token is held against: in full all L of the sequence, in every layer;
+        by masks those before it that the layer's pattern lets it see, L / 2 on average without
+        windows and chunks. Recomputation is not counted, nor are norms, activations and the
+        embedding's look-up.
         """
         weights, channels = self._attention_costs()
         dense = 3 * self.dim * self.ffn_dim
@@ -185,21 +194,46 @@ class DecoderConfig:
             router = self.dim * self.moe.num_experts
             weights += self.n_moe_layers * (router + 3 * self.dim * self.moe.ffn_dim * experts)
         weights += self.dim * self.vocab_size
-        scores = 6.0 * self.n_layers * channels * seq_len
-        return 6.0 * weights + scores, 6.0 * weights + scores / 2
+        patterns = [self.attention_pattern(layer_id) for layer_id in range(self.n_layers)]
+        seen = sum(pattern.mean_seen(seq_len) for pattern in patterns)
+        full = self.n_layers * seq_len
+        return 6.0 * (weights + channels * full), 6.0 * (weights + channels * seen)
 
     def _attention_costs(self) -> tuple[int, int]:
         """A layer's attention weights, and the channels that its two products run over."""
         width = self.n_heads * self.head_dim
         return 2 * self.dim * (width + self.n_kv_heads * self.head_dim), 2 * width
 
-    def build_attention(self, residual_std: float) -> nn.Module:
+    def position_table(self, device: torch.device) -> torch.Tensor:
+        """What layers know of each position, fp32 (seq_len, 2, position_channels): `rope_table`."""
+        return rope_table(self.rope_dim, self.rope_theta, self.rope_scaling, self.seq_len, device)
+
+    def build_attention(self, layer_id: int, residual_std: float) -> nn.Module:
         """A layer's attention: forward(x, rope, mask) on (B, L, D), with a `fragment`."""
         return Attention(self.dim, self.n_heads, self.n_kv_heads, self.head_dim, residual_std)
+
+    def build_block(self, layer_id: int) -> "TransformerBlock":
+        """A layer."""
+        return TransformerBlock(self, layer_id)
 
     def build(self) -> "Decoder":
         """The model; build it under `torch.device("meta")` and fill it afterwards."""
         return Decoder(self)
+
+
+@dataclass(frozen=True)
+class WideHeadsConfig(DecoderConfig):
+    """A decoder whose heads need not split `dim`."""
+
+    head_dim: int = 128
+
+    def _head_faults(self) -> Iterator[Fault]:
+        if self.head_dim % 2:
+            reason = "channels are rotated in pairs."
+            yield Fault("model.overrides.head_dim", reason, value=self.head_dim)
+
+    def shrunk(self, tp: int) -> "WideHeadsConfig":
+        return replace(super().shrunk(tp), head_dim=8)
 
 
 class TransformerBlock(nn.Module):
@@ -209,7 +243,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         # Later layers add less, so that the residual stream's variance stays bounded with depth.
         residual_std = 0.02 / (2 * (layer_id + 1)) ** 0.5
-        self.attention = config.build_attention(residual_std)
+        self.attention = config.build_attention(layer_id, residual_std)
         self.pattern = config.attention_pattern(layer_id).within(config.seq_len)
         if config.is_moe_layer(layer_id):
             self.moe = MoE(config.dim, config.moe, residual_std)
@@ -268,11 +302,11 @@ class Decoder(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
-            {str(i): TransformerBlock(config, i) for i in range(config.n_layers)}
+            {str(i): config.build_block(i) for i in range(config.n_layers)}
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = OutputHead(config.dim, config.vocab_size, config.enable_weight_tying)
-        table = torch.empty(config.seq_len, 2, config.rope_dim // 2)
+        table = torch.empty(config.seq_len, 2, config.position_channels)
         self.register_buffer("rope", table, persistent=False)
         tied = config.enable_weight_tying
         self.inits: dict[str, Init] = {
@@ -282,8 +316,7 @@ class Decoder(nn.Module):
 
     def fill_buffers(self, device: torch.device) -> None:
         """Compute the buffers, after the model has left the meta device."""
-        c = self.config
-        self.rope = rope_table(c.rope_dim, c.rope_theta, c.rope_scaling, c.seq_len, device)
+        self.rope = self.config.position_table(device)
         for layer in self.layers.values():
             if layer.moe is not None:
                 layer.moe.fill_buffers(device)

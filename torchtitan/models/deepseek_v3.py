@@ -65,7 +65,7 @@ class DeepSeekV3Config(DecoderConfig):
         channels = self.n_heads * (self.latent.qk_head_dim + self.latent.v_head_dim)
         return self.latent.weights(self.dim, self.n_heads), channels
 
-    def build_attention(self, residual_std: float) -> nn.Module:
+    def build_attention(self, layer_id: int, residual_std: float) -> nn.Module:
         return LatentAttention(
             self.dim,
             self.n_heads,

@@ -18,6 +18,7 @@ _YARN = {
     "beta_slow": "beta_slow",
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
 }
 
 
@@ -36,7 +37,6 @@ def read_positions(left: dict[str, Any]) -> tuple[float, RoPEScaling | YaRNScali
         scaling = RoPEScaling(**_take(given, _LLAMA3))
     elif kind == "yarn":
         scaling = _yarn(_take(given, _YARN))
-        given = {name: v for name, v in given.items() if (name, v) != ("truncate", True)}
     else:
         raise ValueError(f"rope_type {kind!r} is not supported; default, llama3 and yarn are")
     if given.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -66,5 +66,5 @@ def _yarn(values: dict[str, Any]) -> YaRNScaling:
         values = values | {"mscale": 1.0, "mscale_all_dim": 0.0}
     elif not values.get("mscale"):
         raise ValueError("mscale_all_dim without mscale is not supported")
-    values = {name: v if name == "original_max_seq_len" else float(v) for name, v in values.items()}
-    return YaRNScaling(**values)
+    exact = ("original_max_seq_len", "truncate")
+    return YaRNScaling(**{name: v if name in exact else float(v) for name, v in values.items()})

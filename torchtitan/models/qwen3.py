@@ -1,14 +1,12 @@
 """Qwen3 (arXiv 2505.09388), dense and MoE: normalised queries and keys, heads of a fixed width."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from torchtitan.config.faults import Fault
 from torchtitan.models.attention import Attention
-from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.decoder import DecoderConfig, WideHeadsConfig
 from torchtitan.models.hf_format import (
     DECODER_FIELDS,
     DECODER_FIXED,
@@ -26,23 +24,14 @@ from torchtitan.weight_map import Rename
 
 
 @dataclass(frozen=True)
-class Qwen3Config(DecoderConfig):
-    """A decoder whose heads need not split `dim`."""
+class Qwen3Config(WideHeadsConfig):
+    """A decoder with normalised queries and keys."""
 
     norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
     max_seq_len: int = 40960
-    head_dim: int = 128
 
-    def _head_faults(self) -> Iterator[Fault]:
-        if self.head_dim % 2:
-            reason = "channels are rotated in pairs."
-            yield Fault("model.overrides.head_dim", reason, value=self.head_dim)
-
-    def shrunk(self, tp: int) -> "Qwen3Config":
-        return replace(super().shrunk(tp), head_dim=8)
-
-    def build_attention(self, residual_std: float) -> nn.Module:
+    def build_attention(self, layer_id: int, residual_std: float) -> nn.Module:
         return NormedAttention(
             self.dim, self.n_heads, self.n_kv_heads, self.head_dim, residual_std, self.norm_eps
         )

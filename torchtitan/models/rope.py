@@ -44,13 +44,18 @@ class YaRNScaling:
     """Those that turn less often are stretched by the whole factor."""
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    truncate: bool = True
+    """The ramp between the two begins and ends at whole channels; gpt-oss's does not."""
 
     def kept(self, frequencies: torch.Tensor, theta: float) -> torch.Tensor:
         """How much of each frequency stays, 1 for short wavelengths to 0 for long ones, (C/2,)."""
         pairs = len(frequencies)
-        # The ramp is linear in the channel's index, between whole indices.
-        first = max(math.floor(self._pair_that_turns(self.beta_fast, pairs, theta)), 0)
-        last = min(math.ceil(self._pair_that_turns(self.beta_slow, pairs, theta)), 2 * pairs - 1)
+        # The ramp is linear in the channel's index.
+        first = self._pair_that_turns(self.beta_fast, pairs, theta)
+        last = self._pair_that_turns(self.beta_slow, pairs, theta)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * pairs - 1)
         index = torch.arange(pairs, dtype=torch.float64, device=frequencies.device)
         return 1.0 - ((index - first) / max(last - first, 1e-3)).clamp(0.0, 1.0)
 

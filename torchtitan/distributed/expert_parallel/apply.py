@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
@@ -46,11 +46,16 @@ def _placements(degrees: Degrees, meshes: Meshes) -> tuple[DeviceMesh, tuple[Pla
 
 
 def _distribute(experts: nn.Module, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> None:
-    weights = dict(experts.named_parameters(recurse=False))
-    for name, weight in weights.items():
-        weight = distribute_tensor(weight, mesh, placements, src_data_rank=None)
+    of_grads, terms = {}, {}
+    for name, weight in dict(experts.named_parameters(recurse=False)).items():
+        where = of_grads[name] = placements
+        if weight.ndim == EXPERT_HIDDEN_DIM and Shard(EXPERT_HIDDEN_DIM) in placements:
+            # The output's bias: ranks with parts of an expert add up their outputs.
+            where, of_grads[name] = (*placements[:-1], Replicate()), (*placements[:-1], Partial())
+            terms[name] = mesh.size(-1)
+        weight = distribute_tensor(weight, mesh, where, src_data_rank=None)
         experts.register_parameter(name, nn.Parameter(weight))
-    use_local_parameters(experts, dict.fromkeys(weights, placements))
+    use_local_parameters(experts, of_grads, terms)
 
 
 @torch.compiler.disable

@@ -1,0 +1,57 @@
+"""Attention with sinks equals a softmax with one more score, in value and in every gradient."""
+
+import pytest
+import torch
+
+from torchtitan.models.attention import attend
+from torchtitan.models.attention_mask import Documents, Pattern
+
+CPU = torch.device("cpu")
+LENGTH, HEADS, GROUPS, CHANNELS = 9, 4, 2, 6
+
+
+def by_definition(q, k, v, mask, scale, sinks):
+    k, v = (x.repeat_interleave(HEADS // GROUPS, dim=2) for x in (k, v))
+    scores = torch.einsum("blhc,bmhc->bhlm", q, k) * scale
+    scores = scores.masked_fill(~mask, float("-inf"))
+    sinks = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return torch.einsum("bhlm,bmhv->blhv", weights, v)
+
+
+def inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, LENGTH, HEADS, CHANNELS)] + 2 * [(2, LENGTH, GROUPS, CHANNELS)] + [(HEADS,)]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("pattern", [None, Pattern(), Pattern(window=3), Pattern(chunk=4)], ids=str)
+def test_sinks_take_their_share_of_the_softmax(pattern, scale):
+    tensors = inputs()
+    q, k, v, sinks = tensors
+    mask, full = None, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    if pattern is not None:
+        mask = full = Documents.build([[4, 5], [9]], [pattern], "sdpa", CPU).masks[pattern]
+    out = attend(q, k, v, mask, scale, sinks)
+    expected = by_definition(q, k, v, full, scale or CHANNELS**-0.5, sinks)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((out * weights).sum(), tensors)
+    wanted = torch.autograd.grad((expected * weights).sum(), tensors)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_very_low_sinks_take_nothing():
+    q, k, v, sinks = inputs()
+    out = attend(q, k, v, None, sinks=torch.full_like(sinks, -1e4))
+    torch.testing.assert_close(out, attend(q, k, v, None))
+
+
+def test_bfloat16_stays_bfloat16():
+    q, k, v, sinks = inputs(torch.bfloat16)
+    out = attend(q, k, v, None, sinks=sinks)
+    wide = attend(q.float(), k.float(), v.float(), None, sinks=sinks.float())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
