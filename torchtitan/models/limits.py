@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torchtitan.config.faults import Fault
 from torchtitan.config.schema import JobConfig, Parallelism
@@ -58,29 +59,27 @@ def length_faults(config: JobConfig, max_seq_len: int) -> Iterator[Fault]:
             yield Fault(key, reason, remedy, length)
         if length % unit:
             below = length // unit * unit
-            reason, remedy = _uneven_cuts(config.parallelism, unit)
-            remedy = f"Use {f'{below} or ' if below else ''}{below + unit}{remedy}."
-            yield Fault(key, reason, remedy, length)
+            remedy = f"Use {f'{below} or ' if below else ''}{below + unit}"
+            without = replace(config.parallelism, enable_sequence_parallel=False)
+            if length % length_unit(without) == 0:
+                remedy += ", or set parallelism.enable_sequence_parallel = false"
+            yield Fault(key, _why_evenly(config.parallelism), f"{remedy}.", length)
 
 
-def _uneven_cuts(parallelism: Parallelism, unit: int) -> tuple[str, str]:
-    """Why lengths must divide by `unit`, and what else than another length would help."""
+def _why_evenly(parallelism: Parallelism) -> str:
     tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-    split = tp if parallelism.enable_sequence_parallel else 1
-    remedy = ", or set parallelism.enable_sequence_parallel = false" if split > 1 else ""
     if cp == 1:
-        reason = (
-            f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits "
-            f"every sequence evenly over {tp} ranks."
+        return (
+            f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits every "
+            f"sequence evenly over {tp} ranks."
         )
-        return reason, remedy
-    pieces = "two pieces each (headtail) " if cuts_head_and_tail(parallelism) else ""
-    further = f", and sequence parallelism each part over {tp} more" if split > 1 else ""
-    reason = (
-        f"with parallelism.context_parallel_degree = {cp}, {cp} ranks get {pieces or 'even parts '}of "
-        f"every sequence{further}: lengths must divide by {unit}."
+    pieces = f"{2 * cp} equal pieces, two a rank" if cuts_head_and_tail(parallelism) else f"{cp} equal pieces"
+    split = tp > 1 and parallelism.enable_sequence_parallel
+    further = f", and sequence parallelism each rank's part into {tp}" if split else ""
+    return (
+        f"with parallelism.context_parallel_degree = {cp}, sequences are cut into {pieces}{further}: "
+        f"lengths must divide by {length_unit(parallelism)}."
     )
-    return reason, remedy
 
 
 def sequence_lengths(config: JobConfig) -> dict[str, int]:
