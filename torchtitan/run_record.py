@@ -58,10 +58,11 @@ def describe(
     )
     if rows := config.moe.max_rows_per_chunk:
         yield f"experts work on {rows} rows at a time: less memory, and slower"
-    names = ("dp_replicate", "dp_shard", "tp", *(("ep", "etp") if degrees.ep > 1 else ()))
+    names = ["dp_replicate", "dp_shard", *(["cp"] if degrees.cp > 1 else []), "tp"]
+    names += ["ep", "etp"] if degrees.ep > 1 else []
     axes = ", ".join(f"{axis} {getattr(degrees, axis)}" for axis in names)
     training = config.training
     yield (
-        f"{degrees.dp * degrees.tp} ranks on {device.type}: {axes}; {training.global_batch_size} "
+        f"{dist.get_world_size()} ranks on {device.type}: {axes}; {training.global_batch_size} "
         f"sequences of {training.seq_len} tokens a step; seed {config.debug.seed}"
     )

@@ -18,6 +18,7 @@ from torchtitan.config.schema import Training, Validation
 from torchtitan.data.batch import Batch
 from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
+from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import clip_gradients, global_grad_norm
 from torchtitan.distributed.styles import loss_layout
@@ -52,6 +53,7 @@ class Trainer:
         if config.debug.deterministic:
             _be_deterministic(config.debug.deterministic_warn_only)
 
+        self.part = sequence_part(config.parallelism, setup.degrees, world.rank)
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.degrees.ep)
@@ -116,6 +118,7 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch) -> None:
+        batch = batch.cut(self.part)
         num_tokens = self._over_ranks(batch.num_valid_tokens)
         loss = self._forward_backward(batch, num_tokens)
 
@@ -203,7 +206,7 @@ class Trainer:
         self.validation_loader.restart()
         for batch in islice(self.validation_loader, None if num_batches == -1 else num_batches):
             self.watchdog.mark(self.step, "validation")
-            yield batch
+            yield batch.cut(self.part)
 
     def _save(self, last: bool) -> None:
         if self.checkpoints.wants_save(self.step, last):

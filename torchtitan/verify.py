@@ -24,6 +24,7 @@ from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.batch import Batch
+from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
@@ -33,6 +34,7 @@ from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import init_logger
 from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
 from torchtitan.preflight import report
+from torchtitan.sequence_part import SequencePart
 from torchtitan.verify_case import Case, alone, settle
 from torchtitan.verify_routing import (
     Flips,
@@ -146,12 +148,13 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
     num_sequences = config.training.global_batch_size
     recorder = Recorder(model, num_sequences) if recorded is None else None
     sequence_parallel = config.parallelism.enable_sequence_parallel
-    replayer = Replayer(model, degrees, sequence_parallel, recorded or {})
+    part = sequence_part(config.parallelism, degrees, dist.get_rank())
+    replayer = Replayer(model, degrees, sequence_parallel, part, recorded or {})
     expert_load = ExpertLoad(model, degrees.ep)
     losses, norms, gradients, loads = [], [], [], []
     with loss_layout(degrees.tp, config.parallelism):
         for step in range(len(case.batches)):
-            loss = _forward_backward(model, case, degrees, step, replayer)
+            loss = _forward_backward(model, case, degrees, part, step, replayer)
             norm, loss = global_grad_norm(model.parameters(), loss / degrees.tp)
             losses.append(loss.item())
             norms.append(norm.item())
@@ -173,9 +176,15 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
 
 
 def _forward_backward(
-    model: nn.Module, case: Case, degrees: Degrees, step: int, replayer: Replayer
+    model: nn.Module,
+    case: Case,
+    degrees: Degrees,
+    part: SequencePart,
+    step: int,
+    replayer: Replayer,
 ) -> torch.Tensor:
-    batch, rank = case.batches[step], dist.get_rank()
+    whole, rank = case.batches[step], dist.get_rank()
+    batch = whole.cut(part)
     training = case.config.training
     slots = degrees.slots(rank, len(batch.tokens))
     starts = slots[:: training.local_batch_size]
@@ -187,7 +196,7 @@ def _forward_backward(
         documents = model.documents(batch.document_lengths[rows], CPU)
         with replayer.repeat(step, rows, rank):
             loss_sum = model(batch.tokens[rows], batch.labels[rows], documents)
-            share = loss_sum / batch.num_valid_tokens
+            share = loss_sum / whole.num_valid_tokens
             share.backward()
         loss += share.detach()
     return loss

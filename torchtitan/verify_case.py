@@ -7,6 +7,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig, Parallelism
+from torchtitan.config.sequence_cuts import length_unit
 from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
@@ -51,12 +52,13 @@ def settle(config: JobConfig, full: bool) -> Case:
     if parallelism.enable_async_tensor_parallel:
         notes.append("parallelism.enable_async_tensor_parallel: True -> False")
         parallelism = replace(parallelism, enable_async_tensor_parallel=False)
-    tp = parallelism.tensor_parallel_degree
+    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
     if not full:
-        small = model.shrunk(tp)
+        by_head = parallelism.context_parallel_method == "heads"
+        small = model.shrunk(tp * cp if by_head else tp)
         notes += _changes("model.", model, small, ("seq_len",))
         model = small
-    training = _batch(config, parallelism, world_size // tp, full, notes)
+    training = _batch(config, parallelism, world_size // (tp * cp), full, notes)
     new = replace(
         config,
         parallelism=parallelism,
@@ -95,32 +97,39 @@ def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int
     wanted = {
         "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
         "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
+        "context_parallel_degree": parallelism.context_parallel_degree,
         "tensor_parallel_degree": parallelism.tensor_parallel_degree,
         "expert_parallel_degree": parallelism.expert_parallel_degree,
         "expert_tensor_parallel_degree": parallelism.expert_tensor_parallel_degree,
     }
-    replicate, shard, tp, ep, etp = wanted.values()
+    replicate, shard, cp, tp, ep, etp = wanted.values()
     open_ended = shard == -1
     if open_ended:
         shard = 2
-    if replicate * shard * tp > MAX_RANKS:
+    if replicate * shard * cp * tp > MAX_RANKS:
         replicate = _smallest_divisor(replicate)
-    if replicate * shard * tp > MAX_RANKS:
+    if replicate * shard * cp * tp > MAX_RANKS:
         shard = _smallest_divisor(shard)
-    if replicate * shard * tp > MAX_RANKS:
+    if replicate * shard * cp * tp > MAX_RANKS:
+        cp = _smallest_divisor(cp)
+    if replicate * shard * cp * tp > MAX_RANKS:
         tp = _smallest_divisor(tp)
+    if replicate * shard * cp * tp > MAX_RANKS:
+        shard = 1  # context-parallel ranks shard parameters too
     split = 1 if etp == 1 or ep == 1 else tp
     if open_ended:
-        legal = [n for n in range(2, MAX_RANKS // (replicate * tp) + 1) if n * tp // split % ep == 0]
+        most = MAX_RANKS // (replicate * cp * tp)
+        legal = [n for n in range(2, most + 1) if n * cp * tp // split % ep == 0]
         shard = legal[0] if legal else shard
-    ep = math.gcd(ep, shard * tp // split)
-    settled = dict(zip(wanted, (replicate, shard, tp, ep, etp if ep == 1 else split), strict=True))
+    ep = math.gcd(ep, shard * cp * tp // split)
+    degrees = (replicate, shard, cp, tp, ep, etp if ep == 1 else split)
+    settled = dict(zip(wanted, degrees, strict=True))
     notes += [
         f"parallelism.{axis}: {wanted[axis]} -> {settled[axis]}"
         for axis in wanted
         if wanted[axis] != settled[axis]
     ]
-    return replace(parallelism, **settled), replicate * shard * tp
+    return replace(parallelism, **settled), replicate * shard * cp * tp
 
 
 def _smallest_divisor(degree: int) -> int:
@@ -136,8 +145,7 @@ def _batch(config: JobConfig, parallelism: Parallelism, dp: int, full: bool, not
         microbatches = MAX_MICROBATCHES
     local = min(training.local_batch_size, 2)
     seq_len = training.seq_len if full else min(training.seq_len, MAX_SEQ_LEN)
-    if parallelism.enable_sequence_parallel:
-        seq_len -= seq_len % parallelism.tensor_parallel_degree
+    seq_len -= seq_len % length_unit(parallelism)
     new = replace(
         training,
         local_batch_size=local,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from torchtitan.distributed.mesh import Degrees
+from torchtitan.sequence_part import SequencePart
 
 NEAR_TIE = 1e-4
 """How far apart, relative to the better one, scores may be that a layout ranks the other way."""
@@ -92,10 +93,16 @@ class Replayer:
     """Repeats recorded choices on one rank of a layout, and compares its own with them."""
 
     def __init__(
-        self, model: nn.Module, degrees: Degrees, sequence_parallel: bool, recorded: Recorded
+        self,
+        model: nn.Module,
+        degrees: Degrees,
+        sequence_parallel: bool,
+        part: SequencePart,
+        recorded: Recorded,
     ):
         self.routers = {name: model.get_submodule(name).router for name in recorded}
         self.recorded = recorded
+        self.part = part
         self.split = degrees.tp if degrees.route_own_tokens(sequence_parallel) else 1
         self.seen = {name: Flips(0, 0, 0.0) for name in recorded}
 
@@ -112,8 +119,8 @@ class Replayer:
             self.seen[name] = self.seen[name].plus(_compare(router.record[0], *parts[name]))
 
     def _own(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
-        """Tensor-parallel ranks follow each other, each with its part of every sequence or with all."""
-        return whole.chunk(self.split, dim=1)[rank % self.split].flatten(0, 1)
+        """Tensor-parallel ranks follow each other, each with a part of the rank's sequences or with all."""
+        return self.part.cut(whole).chunk(self.split, dim=1)[rank % self.split].flatten(0, 1)
 
 
 def _compare(own: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> Flips:

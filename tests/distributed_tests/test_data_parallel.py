@@ -18,6 +18,7 @@ from torchtitan.config.schema import (
     Training,
 )
 from torchtitan.data.batch import IGNORE_INDEX
+from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision, sync_gradients
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
@@ -27,6 +28,8 @@ from torchtitan.models.llama3 import FLAVORS
 
 CPU = torch.device("cpu")
 SEQUENCES = 12
+DOCUMENTS = [[3, 5], [8], [1, 1, 6], [5, 2, 1]]
+"""Lengths of documents in every fourth sequence, where attention keeps to them."""
 
 
 def tiny(**changes):
@@ -54,15 +57,18 @@ def gradients(model_config, config, microbatches=1):
     """Weights, gradients, summed loss and grad norm of one global batch on this rank's layout."""
     degrees, model = build(model_config, config)
     slots = degrees.slots(dist.get_rank(), SEQUENCES)
-    tokens, labels = (x[slots.start : slots.stop] for x in global_batch())
+    part = sequence_part(config.parallelism, degrees, dist.get_rank())
+    tokens, labels = (part.cut(x[slots.start : slots.stop]) for x in global_batch())
     valid = (global_batch()[1] != IGNORE_INDEX).sum()
     total = torch.zeros(())
     each = config.training.sync_gradients_each_microbatch
-    pairs = list(zip(tokens.chunk(microbatches), labels.chunk(microbatches), strict=True))
+    rows = torch.tensor(slots).chunk(microbatches)
+    pairs = list(zip(tokens.chunk(microbatches), labels.chunk(microbatches), rows, strict=True))
     with loss_layout(degrees.tp, config.parallelism):
-        for i, (inputs, targets) in enumerate(pairs):
+        for i, (inputs, targets, numbers) in enumerate(pairs):
             sync_gradients(model, i == microbatches - 1, each)
-            loss = model(inputs, targets) / valid
+            documents = model.documents([DOCUMENTS[number % 4] for number in numbers], CPU)
+            loss = model(inputs, targets, documents) / valid
             loss.backward()
             total += loss.detach()
     norm, total = global_grad_norm(model.parameters(), total / degrees.tp)

@@ -48,4 +48,4 @@ def test_all_parameters_are_on_one_mesh(name):
     """Clipping and the optimizer use foreach kernels on GPUs, which take one mesh at a time."""
     config = replace(MODELS[name].shrunk(2), n_layers=1, seq_len=8)
     for found in run_ranks(axes, 2, config, job(tp=TP2)):
-        assert set(found.values()) == {("dp_shard", "tp")}
+        assert set(found.values()) == {("fsdp", "tp")}

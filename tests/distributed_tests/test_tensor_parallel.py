@@ -61,4 +61,4 @@ def test_all_parameters_are_on_one_mesh(tp):
     """Clipping and the optimizer use foreach kernels on GPUs, which take one mesh at a time."""
     config = tiny(n_heads=4, n_kv_heads=4, dim=40)
     for found in run_ranks(axes, 2, config, job(tp=tp)):
-        assert set(found.values()) == {("dp_shard", "tp")}
+        assert set(found.values()) == {("fsdp", "tp")}

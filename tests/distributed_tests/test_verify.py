@@ -1,6 +1,7 @@
 """The oracle passes layouts that are right, and names the parameter of one that is wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torchtitan.verify_case import settle
 TP2 = "--parallelism.tensor_parallel_degree=2"
 HSDP = "--parallelism.data_parallel_replicate_degree=2"
 SHARD1 = "--parallelism.data_parallel_shard_degree=1"
+CP2 = "--parallelism.context_parallel_degree=2"
+HEADS = "--parallelism.context_parallel_method=heads"
 NO_SP = "--parallelism.no_enable_sequence_parallel"
 COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
 
@@ -29,6 +32,8 @@ COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
         [TP2, SHARD1, "--model.overrides.enable_weight_tying=true", "--compile.enable"],
         [SHARD1, "--activation_checkpoint.mode=full"],
         [TP2, SHARD1, "--compile.enable", "--activation_checkpoint.mode=memory_budget"],
+        [CP2, SHARD1, "--model.flavor=debugmodel_varlen_attn", "--activation_checkpoint.mode=full"],
+        [CP2, TP2, SHARD1, HEADS, "--model.flavor=debugmodel_flex_attn"],
     ],
 )
 def test_right_layouts_pass(argv):
@@ -67,6 +72,54 @@ def test_data_that_is_not_here_is_replaced_and_said():
     assert "in place of the data: training.dataset = \"c4\": is streamed" in str(case.settled)
     lengths = case.batches[0].document_lengths
     assert max(map(len, lengths)) > 1 and {sum(row) for row in lengths} == {32}
+
+
+def test_many_axes_at_once_are_cut_to_eight_ranks():
+    argv = [HSDP, TP2, "--parallelism.context_parallel_degree=4", "--training.seq_len=64"]
+    case = settle(load_config([*COMMON, *argv]), full=False)
+    assert case.world_size == 8
+    assert "parallelism.data_parallel_shard_degree: -1 -> 1" in case.settled
+    assert "parallelism.context_parallel_degree: 4 -> 2" in case.settled
+
+
+def count_places_in_the_part(model):
+    """Tokens take their places among the rank's own for those in the sequence."""
+    documents = model.documents
+
+    def wrong(*args):
+        found = documents(*args)
+        own = torch.arange(found.positions.shape[1]).expand_as(found.positions)
+        return replace(found, positions=own)
+
+    model.documents = wrong
+
+
+def see_one_key_too_many(model):
+    documents = model.documents
+
+    def wrong(*args):
+        found = documents(*args)
+        shifted = {p: m | m.roll(1, -1) if m is not None else m for p, m in found.masks.items()}
+        return replace(found, masks=shifted)
+
+    model.documents = wrong
+
+
+def keep_gradients_of_keys(model):
+    """Each rank keeps to itself what its queries say of other ranks' keys."""
+    core = model.layers["0"].attention.core
+    wrong = replace(core, attend=lambda q, k, v, *rest: core.attend(q, k.detach(), v, *rest))
+    model.layers["0"].attention.core = wrong
+
+
+@pytest.mark.parametrize(
+    "sabotage", [count_places_in_the_part, see_one_key_too_many, keep_gradients_of_keys]
+)
+def test_broken_context_parallelism_is_caught(sabotage):
+    result = verify(load_config([*COMMON, CP2, SHARD1]), sabotage=sabotage)
+    assert not result.passed
+    wrong = {row.name for row in result.rows if not row.passed}
+    assert "layers.0.attention.wk.weight" in wrong
 
 
 def double_a_gradient(model):
@@ -140,7 +193,7 @@ def count_twice(model):
     model.layers["1"].moe.register_forward_hook(hook)
 
 
-@pytest.mark.parametrize("argv", [[], [NO_SP, "--activation_checkpoint.mode=full"]])
+@pytest.mark.parametrize("argv", [[], [NO_SP, "--activation_checkpoint.mode=full"], [CP2]])
 def test_routing_and_load_are_those_of_one_process(argv):
     result = verify(load_config([*COMMON, *MOE, SHARD1, *argv]))
     assert result.passed, result

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "torchtitan"
-LEAVES = {"config", "logging", "sharding", "weight_map", "routing", "ops"}
+LEAVES = {"config", "logging", "sequence_part", "sharding", "weight_map", "routing", "ops"}
 MESH = {"distributed.mesh", "distributed.comm"}
 """What parts beside `distributed` may know of it: where a rank stands among the others."""
 MAY_IMPORT = {

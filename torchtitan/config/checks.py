@@ -268,6 +268,15 @@ def async_tensor_parallel_overlaps_compiled_exchanges(config: JobConfig) -> Iter
         yield Fault(setting, reason, "Set parallelism.enable_sequence_parallel = true.", True)
 
 
+def keys_are_exchanged_where_a_way_is_chosen(config: JobConfig) -> Iterator[Fault]:
+    parallelism = config.parallelism
+    if parallelism.context_parallel_method == "heads":
+        if parallelism.context_parallel_rotate_method != "allgather":
+            reason = 'is a way to exchange keys and values; context_parallel_method = "heads" does not.'
+            key, value = "rotate_method", parallelism.context_parallel_rotate_method
+            yield Fault(f"parallelism.context_parallel_{key}", reason, 'Use "allgather".', value)
+
+
 def pipeline_splits_the_batch_evenly(config: JobConfig) -> Iterator[Fault]:
     parallelism, local = config.parallelism, config.training.local_batch_size
     size = parallelism.pipeline_parallel_microbatch_size
@@ -308,6 +317,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     early_step_needs_plain_backward,
     experts_are_split_by_tensor_degree,
     async_tensor_parallel_overlaps_compiled_exchanges,
+    keys_are_exchanged_where_a_way_is_chosen,
     pipeline_splits_the_batch_evenly,
     emulated_float8_is_not_compiled,
     warnings_need_determinism,

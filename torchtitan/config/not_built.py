@@ -45,13 +45,10 @@ NOT_BUILT = (
         ),
     ),
     NotBuilt(
-        "context parallelism",
-        PLANNED,
-        ("parallelism.context_parallel_degree",),
-        (
-            "parallelism.context_parallel_load_balancer",
-            "parallelism.context_parallel_rotate_method",
-        ),
+        "balancing by what a mask makes of each block of queries",
+        OUT_OF_SCOPE,
+        ("parallelism.context_parallel_load_balancer",),
+        refused=("ptrr",),
     ),
     NotBuilt("DeepEP", PLANNED, ("parallelism.expert_parallel_comm_backend",)),
     NotBuilt(

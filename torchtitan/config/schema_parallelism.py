@@ -57,13 +57,16 @@ class Parallelism:
     """With the DualPipeV schedule: overlap experts' communication with the pipeline."""
 
     context_parallel_degree: int = 1
-    """Ranks that each sequence is split over in attention."""
+    """Ranks that each sequence is split over."""
+
+    context_parallel_method: Literal["kv", "heads"] = "kv"
+    """Ours. What ranks exchange in attention: keys and values, or heads for sequences (Ulysses)."""
 
     context_parallel_load_balancer: str | None = "headtail"
-    """How sequences are cut so that ranks work equally: headtail, ptrr, or None for plain cuts."""
+    """With kv: cut sequences so that ranks work equally (headtail), or None for plain cuts."""
 
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How ranks exchange keys and values."""
+    """With kv: give all keys and values to all ranks, or to each rank those that it can see."""
 
     expert_parallel_degree: int = 1
     """Ranks that the experts of a layer are spread over."""

@@ -1,10 +1,12 @@
 """What does one optimizer step train on?"""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from torchtitan.sequence_part import SequencePart
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
@@ -21,6 +23,12 @@ class Batch:
     num_valid_tokens: int
     exhausted: bool
     """No slot of this rank had data left: every row is padding, and so is all that follows."""
+
+    def cut(self, part: SequencePart) -> "Batch":
+        """This part of every sequence; the document lengths stay those of whole sequences."""
+        tokens, labels = part.cut(self.tokens), part.cut(self.labels)
+        num_valid_tokens = int((labels != IGNORE_INDEX).sum())
+        return replace(self, tokens=tokens, labels=labels, num_valid_tokens=num_valid_tokens)
 
 
 def batch_hash(*shares: Batch) -> str:

@@ -1,5 +1,6 @@
 """Spreads a model over a mesh: one order of steps, for every model."""
 
+import torch.distributed as dist
 from torch import nn
 
 from torchtitan.config.schema import JobConfig
@@ -10,6 +11,7 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 from torchtitan.distributed.async_tensor_parallel import enable_async_tensor_parallel
 from torchtitan.distributed.compile import apply_compile
+from torchtitan.distributed.context_parallel import apply_context_parallel, sequence_part
 from torchtitan.distributed.expert_parallel.apply import apply_expert_parallel
 from torchtitan.distributed.fsdp import Precision, apply_fsdp
 from torchtitan.distributed.mesh import Degrees
@@ -32,8 +34,11 @@ def parallelize(
         apply_styles(model, styles, meshes.dense["tp"], sequence_parallel, split_regions)
         if config.parallelism.enable_async_tensor_parallel:
             enable_async_tensor_parallel(meshes.dense["tp"])
-    if degrees.tp > 1 or degrees.ep > 1:
+    if max(degrees.tp, degrees.ep, degrees.cp) > 1:
         apply_expert_parallel(model, styles, degrees, meshes, sequence_parallel)
+    if degrees.cp > 1:
+        part = sequence_part(config.parallelism, degrees, dist.get_rank())
+        apply_context_parallel(model, part, meshes.cp, config.parallelism)
     set_memory_budget(config.activation_checkpoint)
     exchanging = _named(styles, Style.REGION) if degrees.ep > 1 else []
     checkpoint_by_op(model, exchanging, config.activation_checkpoint)

@@ -15,6 +15,8 @@ BACKEND_GRACE_SECONDS = 8
 """How much longer than asked a collective may hang before the backend ends the process: the
 watchdog, which names the odd rank, must be first to speak."""
 
+_NAMED: dict[str, dist.ProcessGroup] = {}
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,6 +78,17 @@ def set_timeout(seconds: float) -> None:
     dist.barrier()
     for group, _ in _groups():
         c10d._set_pg_timeout(_backend_timeout(seconds), group)  # no public way in 2.11 and 2.13
+
+
+def register_group(group: dist.ProcessGroup) -> str:
+    """A name for `group_named`: operators take no process group as an argument."""
+    _NAMED[group.group_name] = group
+    return group.group_name
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The group that was registered under this name."""
+    return _NAMED[name]
 
 
 def destroy_process_group() -> None:

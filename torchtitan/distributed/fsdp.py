@@ -74,7 +74,7 @@ def apply_fsdp(
     offloads = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
     shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads)
 
-    mesh = _data_parallel(dense, "dp_shard")
+    mesh = _data_parallel(dense, "fsdp")
     of_experts = mesh if meshes.experts is None else _data_parallel(meshes.experts, "efsdp")
     weights = {id(w) for name in experts for w in model.get_submodule(name).parameters()}
     placement = partial(_expert_placement, weights, of_experts.size(-1))

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
+_CONTEXT = "parallelism.context_parallel_degree"
 _TENSOR = "parallelism.tensor_parallel_degree"
 _EXPERT = "parallelism.expert_parallel_degree"
 
@@ -24,14 +25,16 @@ class Meshes:
     """The same ranks, seen from the dense layers and from the experts."""
 
     dense: DeviceMesh
-    """Axes dp_replicate, dp_shard, tp."""
+    """Axes dp_replicate, fsdp, tp; fsdp is dp_shard * cp, as both shard parameters."""
     experts: DeviceMesh | None
     """Axes dp_replicate, efsdp, ep, etp; None where experts live on the dense mesh (ep = 1)."""
+    cp: DeviceMesh | None
+    """The one axis cp: ranks that share sequences; None where each has whole ones."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """Ranks along each mesh axis; dp_replicate * dp_shard * tp is the world size.
+    """Ranks along each mesh axis; dp_replicate * dp_shard * cp * tp is the world size.
 
     Experts regroup the ranks of one replica: ep * etp of them hold a layer's experts once.
     """
@@ -42,6 +45,7 @@ class Degrees:
     ep: int = 1
     etp: int = 1
     """Ranks that each expert is split over; the tensor-parallel degree where ep = 1."""
+    cp: int = 1
 
     @property
     def dp(self) -> int:
@@ -55,28 +59,30 @@ class Degrees:
         Raises ConfigError where they do not multiply to the world size.
         """
         replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-        tp = config.tensor_parallel_degree
+        tp, cp = config.tensor_parallel_degree, config.context_parallel_degree
         left = world_size
-        for setting, degree in ((_TENSOR, tp), (_REPLICATE, replicate)):
+        for setting, degree in ((_TENSOR, tp), (_CONTEXT, cp), (_REPLICATE, replicate)):
             if left % degree:
                 raise ConfigError([_not_a_divisor(setting, degree, left)])
             left //= degree
         if shard not in (-1, left):
+            inner = f"{cp} context-parallel times {tp}" if cp > 1 else f"{tp}"
             reason = (
-                f"{replicate} replicas of {shard} shards of {tp} tensor-parallel ranks do not make "
+                f"{replicate} replicas of {shard} shards of {inner} tensor-parallel ranks do not make "
                 f"{world_size} ranks."
             )
             raise ConfigError([Fault(_SHARD, reason, f"Use {left}, or -1.", value=shard)])
         ep = config.expert_parallel_degree
         etp = tp if ep == 1 else config.expert_tensor_parallel_degree
-        if (left * tp // etp) % ep:
-            raise ConfigError([_not_a_divisor(_EXPERT, ep, left * tp // etp)])
-        return cls(replicate, left, tp, ep, etp)
+        places = left * cp * tp // etp
+        if places % ep:
+            raise ConfigError([_not_a_divisor(_EXPERT, ep, places)])
+        return cls(replicate, left, tp, ep, etp, cp)
 
     def slots(self, rank: int, num_slots: int) -> range:
-        """Which of the global batch's sequences a rank serves; tensor-parallel ranks share theirs."""
+        """Which of the global batch's sequences a rank serves; those of a cp or tp group share theirs."""
         share = num_slots // self.dp
-        first = rank // self.tp * share
+        first = rank // (self.cp * self.tp) * share
         return range(first, first + share)
 
     def route_own_tokens(self, sequence_parallel: bool) -> bool:
@@ -88,21 +94,26 @@ class Degrees:
         return sequence_parallel and self.ep > 1 and self.etp == 1
 
     def meshes(self, device_type: str) -> Meshes:
-        """The ranks as DeviceMeshes; neighbouring ranks share tp, then ep."""
+        """The ranks as DeviceMeshes; neighbouring ranks share tp, then cp, or ep."""
+        fsdp = self.dp_shard * self.cp
         dense = init_device_mesh(
             device_type,
-            (self.dp_replicate, self.dp_shard, self.tp),
-            mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+            (self.dp_replicate, fsdp, self.tp),
+            mesh_dim_names=("dp_replicate", "fsdp", "tp"),
         )
+        cp = None
+        if self.cp > 1:
+            shape = (self.dp, self.cp, self.tp)
+            cp = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp", "tp"))["cp"]
         if self.ep == 1:
-            return Meshes(dense, None)
-        efsdp = self.dp_shard * self.tp // (self.ep * self.etp)
+            return Meshes(dense, None, cp)
+        efsdp = fsdp * self.tp // (self.ep * self.etp)
         experts = init_device_mesh(
             device_type,
             (self.dp_replicate, efsdp, self.ep, self.etp),
             mesh_dim_names=("dp_replicate", "efsdp", "ep", "etp"),
         )
-        return Meshes(dense, experts)
+        return Meshes(dense, experts, cp)
 
 
 def by_mesh(items: Iterable[T], key: Callable[[T], torch.Tensor]) -> list[list[T]]:

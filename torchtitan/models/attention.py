@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from torchtitan.models.attention_mask import AttentionMask, VarlenMask, compiled
+from torchtitan.models.attention_mask import AttentionMask, SpanMasks, VarlenMask, compiled
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.rope import apply_rope
 from torchtitan.sharding import Fragment, Style
@@ -37,11 +38,14 @@ def attend(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of q (B, L, H, C) over k (B, L, G, C) and v (B, L, G, V), as (B, L, H, V).
+    """Softmax attention of q (B, L, H, C) over k (B, K, G, C) and v (B, K, G, V), as (B, L, H, V).
 
-    `scale` multiplies the products of queries and keys; None is C ** -0.5. `sinks` (H,) are scores,
-    not scaled, of one more key that every token sees, whose value is zero (arXiv 2309.17453).
+    K is L, unless queries are a part of the sequence: then all places up to the last query. `scale`
+    multiplies the products of queries and keys; None is C ** -0.5. `sinks` (H,) are scores, not
+    scaled, of one more key that every token sees, whose value is zero (arXiv 2309.17453).
     """
+    if isinstance(mask, SpanMasks):
+        return _attend_by_span(q, k, v, mask, scale, sinks)
     if isinstance(mask, VarlenMask):
         assert sinks is None, "the varlen kernel's log-sum-exp has no gradient (torch 2.11, 2.13)"
         return _attend_varlen(q, k, v, mask, scale)
@@ -55,10 +59,22 @@ def attend(
     return out.transpose(1, 2)
 
 
+def _attend_by_span(q, k, v, mask: SpanMasks, scale: float | None, sinks) -> torch.Tensor:
+    parts = q.split([stop - start for start, stop in mask.spans], dim=1)
+    outs = [
+        attend(part, k[:, :stop], v[:, :stop], of_span, scale, sinks)
+        for part, (_, stop), of_span in zip(parts, mask.spans, mask.masks, strict=True)
+    ]
+    return torch.cat(outs, dim=1)
+
+
 def _attend_dense(q, k, v, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
+    causal = mask is None and q.shape[2] == k.shape[2]
+    if mask is None and not causal:
+        mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 
 
@@ -96,12 +112,16 @@ def _attend_varlen(q, k, v, mask: VarlenMask, scale: float | None) -> torch.Tens
     options = {"enable_gqa": q.shape[2] != k.shape[2]} if _VARLEN_TAKES_GQA else {}
     if scale is not None:
         options["scale"] = scale
-    length, offsets = mask.max_length, mask.offsets
     before = -1 if mask.window is None else mask.window - 1
     out = varlen_attn(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        offsets, offsets, length, length, window_size=(before, 0), **options,
-    )  # fmt: skip
+        mask.offsets,
+        mask.key_offsets,
+        mask.max_length,
+        mask.max_keys,
+        window_size=(before, 0),
+        **options,
+    )
     return out.view_as(q)
 
 

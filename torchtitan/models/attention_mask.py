@@ -5,15 +5,19 @@ B batch, L sequence.
 Everything derives from the packer's document lengths, never from token ids. The kernel decides the
 mask's form: a dense boolean mask for SDPA, a block mask for FlexAttention, document offsets for
 varlen attention. All three say the same.
+
+Where queries are a part of a sequence (context parallelism), keys are all places up to the last query.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from torchtitan.sequence_part import WHOLE, SequencePart
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,29 @@ class Pattern:
 
 @dataclass(frozen=True)
 class VarlenMask:
-    """Where documents begin in the flattened batch: (documents + 1,) int32, padded with B * L."""
+    """Where documents begin in the flattened queries and keys: (documents + 1,) int32 each, padded.
+
+    A document's last query sees its last key.
+    """
 
     offsets: torch.Tensor
+    key_offsets: torch.Tensor
     max_length: int
+    max_keys: int
     window: int | None
 
 
-AttentionMask = BlockMask | VarlenMask | torch.Tensor | None
-"""None is causal over the whole sequence."""
+@dataclass(frozen=True)
+class SpanMasks:
+    """Queries from several places of a sequence: each span has a mask over the keys up to its end."""
+
+    spans: tuple[tuple[int, int], ...]
+    """First place and the one after the last, ascending."""
+    masks: "tuple[AttentionMask, ...]"
+
+
+AttentionMask = BlockMask | VarlenMask | SpanMasks | torch.Tensor | None
+"""None is causal; the last query sees the last key."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Documents:
     """A packed batch's documents as tensors."""
 
     positions: torch.Tensor
-    """(B, L) int64: each token's position in its document."""
+    """(B or 1, L) int64: each token's position in its document."""
     masks: Mapping[Pattern, AttentionMask]
 
     @classmethod
@@ -70,21 +88,34 @@ class Documents:
         patterns: Iterable[Pattern],
         attn_type: str,
         device: torch.device,
+        part: SequencePart = WHOLE,
+        queries: SequencePart = WHOLE,
     ) -> "Documents":
         """From the document lengths of each sequence, for one of "sdpa", "flex", "varlen".
 
-        Flex and varlen have no backward on CPUs: there both become SDPA with a dense mask.
+        Tokens are a part of each sequence, and so may be the queries inside attention. Flex and varlen
+        have no backward on CPUs: there both become SDPA with a dense mask.
         """
         index = np.stack([np.repeat(np.arange(len(row)), row) for row in lengths])
         starts = np.stack([np.repeat(np.cumsum([0, *row[:-1]]), row) for row in lengths])
         positions = torch.from_numpy(np.arange(index.shape[1]) - starts).to(device)
+        spans = queries.spans(index.shape[1])
         if attn_type == "varlen" and device.type == "cuda":
-            masks = {pattern: _varlen_mask(lengths, pattern, device) for pattern in patterns}
+            masks = {p: _varlen_mask(lengths, p, spans, device) for p in patterns}
         else:
             ids = torch.from_numpy(index).to(device, torch.int32)
             make = _block_mask if attn_type == "flex" and device.type == "cuda" else _dense_mask
-            masks = {pattern: make(ids, _rule(ids, positions, pattern)) for pattern in patterns}
-        return cls(positions, masks)
+            masks = {p: make(ids, _rule(ids, positions, p), spans) for p in patterns}
+        return cls(part.cut(positions), masks)
+
+    @classmethod
+    def causal(
+        cls, length: int, device: torch.device, part: SequencePart, queries: SequencePart
+    ) -> "Documents":
+        """For SDPA where every token sees all before it, in sequences of this length."""
+        positions = torch.arange(length, device=device)[None]
+        mask = _causal_mask(queries.spans(length), device)
+        return cls(part.cut(positions), {Pattern(): mask})
 
 
 @functools.cache
@@ -110,25 +141,72 @@ def _rule(document_ids: torch.Tensor, positions: torch.Tensor, pattern: Pattern)
     return sees
 
 
-def _dense_mask(document_ids: torch.Tensor, rule: Callable) -> torch.Tensor:
-    """(B, 1, L, L) bool, true where a query (row) may see a key (column)."""
-    batch, place = (torch.arange(n, device=document_ids.device) for n in document_ids.shape)
-    return rule(batch[:, None, None], None, place[None, :, None], place[None, None, :])[:, None]
+def _causal_mask(spans: list[range], device: torch.device) -> AttentionMask:
+    if device.type != "cuda":  # the kernels for a span of queries over more keys are the GPU's
+        if spans[0].start == 0 and len(spans) == 1:
+            return None
+        places = _places(spans, device)
+        return (places[:, None] >= torch.arange(spans[-1].stop, device=device))[None, None]
+    return _of_spans(spans, [None] * len(spans))
 
 
-def _block_mask(document_ids: torch.Tensor, rule: Callable) -> BlockMask:
-    batch, length = document_ids.shape
+def _of_spans(spans: list[range], masks: Sequence[AttentionMask]) -> AttentionMask:
+    if len(spans) == 1:
+        return masks[0]
+    return SpanMasks(tuple((span.start, span.stop) for span in spans), tuple(masks))
+
+
+def _places(spans: list[range], device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(s.start, s.stop, device=device) for s in spans])
+
+
+def _dense_mask(document_ids: torch.Tensor, rule: Callable, spans: list[range]) -> torch.Tensor:
+    """(B, 1, queries, keys) bool, true where a query (row) may see a key (column)."""
+    device = document_ids.device
+    batch, keys = (torch.arange(n, device=device) for n in (len(document_ids), spans[-1].stop))
+    queries = _places(spans, device)
+    return rule(batch[:, None, None], None, queries[None, :, None], keys[None, None, :])[:, None]
+
+
+def _block_mask(document_ids: torch.Tensor, rule: Callable, spans: list[range]) -> BlockMask:
+    device, places = document_ids.device, _places(spans, document_ids.device)
+
+    def sees(batch, head, query, key):
+        return rule(batch, head, places[query], key)
+
     make = compiled(create_block_mask)
-    return make(rule, batch, None, length, length, device=document_ids.device)
+    sizes = len(document_ids), None, len(places), spans[-1].stop
+    return make(sees if len(places) < spans[-1].stop else rule, *sizes, device=device)
 
 
-def _varlen_mask(lengths: list[list[int]], pattern: Pattern, device: torch.device) -> VarlenMask:
-    pieces = [n for row in lengths for length in row for n in _chunks(length, pattern.chunk)]
-    offsets = np.cumsum([0, *pieces])
+def _varlen_mask(
+    lengths: list[list[int]], pattern: Pattern, spans: list[range], device: torch.device
+) -> AttentionMask:
+    masks = [_varlen_mask_of_span(lengths, pattern, span, device) for span in spans]
+    return _of_spans(spans, masks)
+
+
+def _varlen_mask_of_span(
+    lengths: list[list[int]], pattern: Pattern, span: range, device: torch.device
+) -> VarlenMask:
+    num_queries, num_keys = [], []
+    for row in lengths:
+        end = 0
+        for piece in (n for length in row for n in _chunks(length, pattern.chunk)):
+            start, end = end, end + piece
+            stop = min(end, span.stop)
+            num_queries.append(max(0, stop - max(start, span.start)))
+            num_keys.append(max(0, stop - start))
+    offsets, key_offsets = (_offsets(counts, device) for counts in (num_queries, num_keys))
+    return VarlenMask(offsets, key_offsets, len(span), span.stop, pattern.window)
+
+
+def _offsets(counts: list[int], device: torch.device) -> torch.Tensor:
+    offsets = np.cumsum([0, *counts])
     # Empty documents at the end: the tensor's size changes seldom, so compiled blocks do too.
     padded = 64 * -(-len(offsets) // 64)
     offsets = np.pad(offsets, (0, padded - len(offsets)), mode="edge").astype(np.int32)
-    return VarlenMask(torch.from_numpy(offsets).to(device), sum(lengths[0]), pattern.window)
+    return torch.from_numpy(offsets).to(device)
 
 
 def _chunks(length: int, chunk: int | None) -> Iterator[int]:

@@ -18,6 +18,7 @@ from torchtitan.models.attention_mask import AttentionMask, Documents, Pattern
 from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.limits import (
+    context_parallel_faults,
     expert_parallel_faults,
     length_faults,
     no_expert_faults,
@@ -30,6 +31,7 @@ from torchtitan.models.loss import linear_cross_entropy
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
 from torchtitan.models.rope import RoPEScaling, rope_table
+from torchtitan.sequence_part import WHOLE
 from torchtitan.sharding import ParallelPlan, Rule, Style, under
 
 
@@ -96,6 +98,7 @@ class DecoderConfig:
             *tensor_parallel_faults(
                 config.parallelism.tensor_parallel_degree, self._split_sizes(config)
             ),
+            *context_parallel_faults(config, self._heads()),
             *length_faults(config, self.max_seq_len),
         ]
         if self.n_moe_layers:
@@ -137,9 +140,12 @@ class DecoderConfig:
             reason = f"heads must split dim = {self.dim} into equal and even parts."
             yield Fault("model.overrides.n_heads", reason, value=self.n_heads)
 
+    def _heads(self) -> dict[str, int]:
+        return {"heads": self.n_heads, "key/value heads": self.n_kv_heads}
+
     def _split_sizes(self, config: JobConfig) -> dict[str, int]:
         """What tensor parallelism splits, by name."""
-        sizes = {"heads": self.n_heads, "key/value heads": self.n_kv_heads}
+        sizes = self._heads()
         if self.n_moe_layers < self.n_layers:
             sizes["FFN width"] = self.ffn_dim
         if self.n_moe_layers:
@@ -300,6 +306,8 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
+        # Context parallelism says which tokens of a sequence are here, and which query in attention.
+        self.sequence_part = self.query_part = WHOLE
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict(
             {str(i): config.build_block(i) for i in range(config.n_layers)}
@@ -348,15 +356,18 @@ class Decoder(nn.Module):
         return ParallelPlan(rules, units)
 
     def documents(self, lengths: list[list[int]], device: torch.device) -> Documents | None:
-        """What `forward` must know of a batch's documents.
+        """What `forward` must know of a batch's documents, given the lengths of whole sequences.
 
-        None where every token sees all before it, which SDPA knows by itself.
+        None where every token is here and sees all before it, which SDPA knows by itself.
         """
+        parts, attn_type = (self.sequence_part, self.query_part), self.config.attn_type
         if self.config.attn_mask_type == "causal":
-            if self.patterns == {Pattern()} and self.config.attn_type == "sdpa":
-                return None
+            if self.patterns == {Pattern()} and attn_type == "sdpa":
+                if self.sequence_part == WHOLE:
+                    return None
+                return Documents.causal(sum(lengths[0]), device, *parts)
             lengths = [[sum(row)] for row in lengths]
-        return Documents.build(lengths, self.patterns, self.config.attn_type, device)
+        return Documents.build(lengths, self.patterns, attn_type, device, *parts)
 
     @property
     def patterns(self) -> set[Pattern]:
@@ -373,8 +384,9 @@ class Decoder(nn.Module):
 
         The sum is over labels other than -100, fp32, a scalar. Without documents each sequence is one.
         """
-        if documents is None and self.patterns != {Pattern()}:
-            documents = self.documents([[tokens.shape[1]]] * len(tokens), tokens.device)
+        if documents is None and (self.patterns, self.sequence_part) != ({Pattern()}, WHOLE):
+            length = tokens.shape[1] * self.sequence_part.num_ranks
+            documents = self.documents([[length]] * len(tokens), tokens.device)
         if documents is None:
             rope, masks = self.rope[None, : tokens.shape[1]], {Pattern(): None}
         else:

@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torchtitan.config.faults import Fault
-from torchtitan.config.schema import JobConfig
+from torchtitan.config.schema import JobConfig, Parallelism
+from torchtitan.config.sequence_cuts import cuts_head_and_tail, length_unit
 from torchtitan.models.moe.config import MoEConfig
 
 
@@ -28,26 +30,56 @@ def tensor_parallel_faults(tp: int, sizes: Mapping[str, int]) -> Iterator[Fault]
         )
 
 
-def length_faults(config: JobConfig, max_seq_len: int) -> Iterator[Fault]:
-    """Sequences fit the model's positions, and sequence parallelism splits them evenly."""
+def context_parallel_faults(config: JobConfig, sizes: Mapping[str, int]) -> Iterator[Fault]:
+    """Where ranks exchange heads, each gets some of what tensor parallelism left: `sizes` by name."""
     parallelism = config.parallelism
-    tp = parallelism.tensor_parallel_degree if parallelism.enable_sequence_parallel else 1
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
+    if cp == 1 or parallelism.context_parallel_method != "heads":
+        return
+    left = {name: size // tp for name, size in sizes.items() if size % tp == 0}
+    uneven = [f"{size} {name}" for name, size in left.items() if size % cp]
+    if uneven:
+        of_rank = f" of a tensor-parallel rank ({tp} share the model's)" if tp > 1 else ""
+        yield Fault(
+            "parallelism.context_parallel_degree",
+            f"does not divide the {' and '.join(uneven)}{of_rank}.",
+            f"{_use_divisors(math.gcd(*left.values()), cp)[:-1]}, or set "
+            'parallelism.context_parallel_method = "kv".',
+            value=cp,
+        )
+
+
+def length_faults(config: JobConfig, max_seq_len: int) -> Iterator[Fault]:
+    """Sequences fit the model's positions, and are split evenly over ranks."""
+    unit = length_unit(config.parallelism)
     for key, length in sequence_lengths(config).items():
         if length > max_seq_len:
             reason = f"is beyond the model's limit of {max_seq_len} positions."
             remedy = f"Use at most {max_seq_len}, or raise model.overrides.max_seq_len."
             yield Fault(key, reason, remedy, length)
-        if length % tp:
-            below = length // tp * tp
-            reason = (
-                f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits "
-                f"every sequence evenly over {tp} ranks."
-            )
-            remedy = (
-                f"Use {f'{below} or ' if below else ''}{below + tp}, or set "
-                "parallelism.enable_sequence_parallel = false."
-            )
-            yield Fault(key, reason, remedy, length)
+        if length % unit:
+            below = length // unit * unit
+            remedy = f"Use {f'{below} or ' if below else ''}{below + unit}"
+            without = replace(config.parallelism, enable_sequence_parallel=False)
+            if length % length_unit(without) == 0:
+                remedy += ", or set parallelism.enable_sequence_parallel = false"
+            yield Fault(key, _why_evenly(config.parallelism), f"{remedy}.", length)
+
+
+def _why_evenly(parallelism: Parallelism) -> str:
+    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    if cp == 1:
+        return (
+            f"with parallelism.tensor_parallel_degree = {tp}, sequence parallelism splits every "
+            f"sequence evenly over {tp} ranks."
+        )
+    pieces = f"{2 * cp} equal pieces, two a rank" if cuts_head_and_tail(parallelism) else f"{cp} equal pieces"
+    split = tp > 1 and parallelism.enable_sequence_parallel
+    further = f", and sequence parallelism each rank's part into {tp}" if split else ""
+    return (
+        f"with parallelism.context_parallel_degree = {cp}, sequences are cut into {pieces}{further}: "
+        f"lengths must divide by {length_unit(parallelism)}."
+    )
 
 
 def sequence_lengths(config: JobConfig) -> dict[str, int]:

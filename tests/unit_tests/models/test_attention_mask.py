@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torchtitan.models.attention_mask import Documents, Pattern, _varlen_mask
+from torchtitan.models.attention_mask import Documents, Pattern, SpanMasks, _varlen_mask
+from torchtitan.sequence_part import SequencePart
 
 CPU = torch.device("cpu")
 LENGTHS = [[5, 1, 10], [16]]
@@ -33,11 +34,45 @@ def test_dense_masks(pattern):
         assert documents.positions[row].tolist() == [i for n in lengths for i in range(n)]
 
 
+PARTS = [SequencePart(r, 2, head_tail) for r in (0, 1) for head_tail in (False, True)]
+
+
+@pytest.mark.parametrize("part", [*PARTS, SequencePart(2, 4, True)])
+def test_masks_of_a_part_are_rows_of_the_whole_mask_up_to_the_last_query(part):
+    places = [place for span in part.spans(16) for place in span]
+    whole = Documents.build(LENGTHS, PATTERNS, "sdpa", CPU)
+    for queries in (part, SequencePart()):
+        ours = Documents.build(LENGTHS, PATTERNS, "sdpa", CPU, part, queries)
+        assert torch.equal(ours.positions, whole.positions[:, places])
+        for pattern, mask in whole.masks.items():
+            rows = mask[:, :, places, : places[-1] + 1] if queries is part else mask
+            assert torch.equal(ours.masks[pattern], rows)
+    causal = Documents.causal(16, CPU, part, part)
+    assert causal.positions.tolist() == [places]
+    seen = torch.ones(16, 16, dtype=torch.bool).tril()[places, : places[-1] + 1]
+    mask = causal.masks[Pattern()]
+    assert (places == list(range(8))) if mask is None else torch.equal(mask[0, 0], seen)
+
+
 def test_chunks_and_windows_of_the_varlen_kernel():
-    mask = _varlen_mask(LENGTHS, Pattern(chunk=4, window=2), CPU)
+    mask = _varlen_mask(LENGTHS, Pattern(chunk=4, window=2), [range(16)], CPU)
     assert mask.offsets[:10].tolist() == [0, 4, 5, 6, 10, 14, 16, 20, 24, 28]
     assert set(mask.offsets[10:].tolist()) == {32} and len(mask.offsets) == 64
-    assert (mask.window, mask.max_length) == (2, 16)
+    assert torch.equal(mask.key_offsets, mask.offsets)
+    assert (mask.window, mask.max_length, mask.max_keys) == (2, 16, 16)
+
+
+def test_the_varlen_kernel_is_told_of_each_span_where_its_queries_see_keys():
+    """A document's last query of a span sees its last key; what ends before the span has no query."""
+    spans = SequencePart(1, 4, head_tail=True).spans(16)  # 2 to 3, 12 to 13
+    masks = _varlen_mask(LENGTHS, Pattern(), spans, CPU)
+    assert isinstance(masks, SpanMasks) and masks.spans == ((2, 4), (12, 14))
+    first, second = masks.masks
+    assert first.offsets[:5].tolist() == [0, 2, 2, 2, 4]
+    assert first.key_offsets[:5].tolist() == [0, 4, 4, 4, 8]
+    assert (first.max_length, first.max_keys) == (2, 4)
+    assert second.offsets[:5].tolist() == [0, 0, 0, 2, 4]
+    assert second.key_offsets[:5].tolist() == [0, 5, 6, 14, 28]
 
 
 def test_limits_beyond_the_sequence_are_none():

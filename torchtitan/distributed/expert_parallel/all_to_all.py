@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan import routing
+from torchtitan.distributed.comm import register_group
 from torchtitan.distributed.expert_parallel.exchange import (
     Exchange,
     exchange_counts,
     from_experts,
-    register_group,
     to_experts,
 )
 from torchtitan.routing import RowOrder

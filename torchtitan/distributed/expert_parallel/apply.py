@@ -1,5 +1,6 @@
 """Spreads the MoE layers of a model: experts over ranks, and the dispatcher that follows."""
 
+import math
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torchtitan.distributed.local_parameters import use_local_parameters
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.sharding import EXPERT_HIDDEN_DIM, Style
 
+
 def apply_expert_parallel(
     model: nn.Module,
     styles: dict[str, Style],
@@ -24,15 +26,17 @@ def apply_expert_parallel(
     """Spread experts' weights over ep and etp ranks and set the layers' dispatchers, in place."""
     mesh, placements = _placements(degrees, meshes)
     own_tokens = degrees.route_own_tokens(sequence_parallel)
+    axes = [meshes.cp] if degrees.cp > 1 else []
+    axes += [meshes.dense["tp"]] if own_tokens and degrees.tp > 1 else []
     for name, style in styles.items():
         module = model.get_submodule(name)
-        if style is Style.EXPERTS:
+        if style is Style.EXPERTS and mesh.size() > 1:
             _distribute(module, mesh, placements)
         elif style is Style.REGION:
             module.load_copies = 1 if own_tokens else degrees.tp
-            if own_tokens and degrees.tp > 1:
-                module.sequence_parts = degrees.tp
-                module.sum_counts = partial(_sum_over, meshes.dense["tp"].get_group())
+            if axes:
+                module.sequence_parts = math.prod(axis.size() for axis in axes)
+                module.sum_counts = partial(_sum_over, [axis.get_group() for axis in axes])
             if degrees.ep > 1:
                 _set_dispatcher(module, degrees, meshes, own_tokens)
 
@@ -59,8 +63,9 @@ def _distribute(experts: nn.Module, mesh: DeviceMesh, placements: tuple[Placemen
 
 
 @torch.compiler.disable
-def _sum_over(group: dist.ProcessGroup, counts: torch.Tensor) -> torch.Tensor:
-    dist.all_reduce(counts, group=group)
+def _sum_over(groups: list[dist.ProcessGroup], counts: torch.Tensor) -> torch.Tensor:
+    for group in groups:
+        dist.all_reduce(counts, group=group)
     return counts
 
 

@@ -10,18 +10,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from torchtitan.distributed.comm import group_named
 from torchtitan.ops.rows import sum_rows
 from torchtitan.routing import RowOrder, once
 
-_GROUPS: dict[str, dist.ProcessGroup] = {}
 _SCORE_BYTES = 16
 """What a score takes beside its row: 4 bytes, the rest keeps rows aligned for wide loads."""
-
-
-def register_group(group: dist.ProcessGroup) -> str:
-    """Operators take no process group as an argument, but its name."""
-    _GROUPS[group.group_name] = group
-    return group.group_name
 
 
 @torch.library.custom_op("torchtitan::exchange_counts", mutates_args=())
@@ -37,7 +31,7 @@ def exchange_counts(
     def exchange() -> tuple[torch.Tensor, torch.Tensor]:
         sent = counts.view(num_ranks, -1)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=_GROUPS[group])
+        dist.all_to_all_single(received, sent, group=group_named(group))
         return received, torch.stack([sent.sum(1), received.sum(1)]).cpu()
 
     return once(exchange)
@@ -57,7 +51,7 @@ def exchange_rows(
 
     def exchange() -> tuple[torch.Tensor]:
         received = rows.new_empty(sum(num_received), rows.shape[1])
-        dist.all_to_all_single(received, rows, num_received, num_sent, group=_GROUPS[group])
+        dist.all_to_all_single(received, rows, num_received, num_sent, group=group_named(group))
         return (received,)
 
     (received,) = once(exchange, rows=True)

@@ -1,0 +1,63 @@
+"""Sequences split between ranks have the weights and gradients of one process."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.distributed_tests.test_data_parallel import (
+    assert_equals_one_process,
+    gradients,
+    job,
+    tiny,
+)
+from torchtitan.distributed.launch import run_ranks
+
+PLAIN = {"context_parallel_load_balancer": None}
+EXCHANGED = {"context_parallel_rotate_method": "alltoall"}
+HEADS = {"context_parallel_method": "heads"}
+
+
+def split(cp, *options, tp=1, **more):
+    degrees = {"context_parallel_degree": cp, "tensor_parallel_degree": tp}
+    for option in options:
+        degrees |= option
+    return job(tp=degrees, **more)
+
+
+NO_SP = {"enable_sequence_parallel": False}
+FULL = {"ac": "full"}
+BY_OP = {"ac": "selective", "selective_ac_option": "op"}
+LAYOUTS = {
+    "cp2": (2, split(2), 1),
+    "cp2, plain": (2, split(2, PLAIN), 1),
+    "cp2, alltoall": (2, split(2, EXCHANGED), 1),
+    "cp2, alltoall, plain": (2, split(2, EXCHANGED, PLAIN), 1),
+    "cp2, heads": (2, split(2, HEADS), 1),
+    "cp4": (4, split(4), 1),
+    "cp4, alltoall": (4, split(4, EXCHANGED), 1),
+    "cp4, alltoall, plain": (4, split(4, EXCHANGED, PLAIN), 1),
+    "cp4, heads": (4, split(4, HEADS), 1),
+    "fsdp2 x cp2, accumulate": (4, split(2), 3),
+    "replicate2 x cp2": (4, split(2, replicate=2), 1),
+    "cp2 x tp2": (4, split(2, tp=2), 1),
+    "cp2 x tp2, heads": (4, split(2, HEADS, tp=2), 1),
+    "cp2 x tp2, no sp": (4, split(2, NO_SP, tp=2), 1),
+    "hsdp2x1 x cp2 x tp2": (8, split(2, EXCHANGED, tp=2, replicate=2), 2),
+    "cp2, full ac": (2, split(2, **FULL), 1),
+    "cp2, heads, by-op ac": (2, split(2, HEADS, **BY_OP), 1),
+    "cp2, by-op ac": (2, split(2, **BY_OP), 1),
+    "cp2, compile": (2, split(2, compiled=True), 1),
+    "cp2, alltoall, compile, full ac": (2, split(2, EXCHANGED, compiled=True, **FULL), 1),
+    "cp2 x tp2, heads, compile, by-op ac": (4, split(2, HEADS, tp=2, compiled=True, **BY_OP), 1),
+}
+
+
+@pytest.fixture(scope="module", params=["causal", "block_causal"])
+def reference(request):
+    config = tiny(n_heads=8, n_kv_heads=4, dim=48, attn_mask_type=request.param)
+    return config, run_ranks(gradients, 1, config, job())[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_equal_one_process(reference, name):
+    assert_equals_one_process(reference, LAYOUTS[name])
