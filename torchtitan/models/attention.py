@@ -7,6 +7,7 @@ a FlexAttention block mask, the offsets of the varlen kernel, or a dense boolean
 """
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,23 +84,27 @@ def _attend_dense_with_sinks(q, k, v, mask, scale: float | None, sinks) -> torch
 
     A channel more gives it its scores: in queries it is the sink, in keys 1 for that one, else 0.
     """
-    scale = scale or q.shape[-1] ** -0.5
+    channels = q.shape[-1]
+    scale = scale or channels**-0.5
+    more = 8 - channels % 8  # kernels that take a mask take only multiples of eight
     channel = (sinks / scale).to(q.dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
-    q = F.pad(torch.cat([q, channel], dim=-1), (0, 0, 1, 0))
-    k, v = (F.pad(x, (0, 1, 1, 0)) for x in (k, v))
-    k[..., 0, -1] = 1
+    q = F.pad(torch.cat([q, channel], dim=-1), (0, more - 1, 1, 0))
+    k, v = (F.pad(x, (0, more, 1, 0)) for x in (k, v))
+    k[..., 0, channels] = 1
     if mask is not None:
         mask = F.pad(mask, (1, 0, 1, 0), value=True)
-    return _attend_dense(q, k, v, mask, scale)[..., 1:, :-1]
+    return _attend_dense(q, k, v, mask, scale)[..., 1:, :channels]
 
 
 def _attend_flex(q, k, v, mask: BlockMask, scale: float | None, sinks) -> torch.Tensor:
-    attention, grouped = compiled(flex_attention), q.shape[1] != k.shape[1]
+    options = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if sinks is None:
-        return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    out, aux = attention(
-        q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=AuxRequest(lse=True)
-    )
+        return compiled(flex_attention)(q, k, v, **options)
+    return compiled(_flex_with_sinks)(q, k, v, sinks, options)
+
+
+def _flex_with_sinks(q, k, v, sinks, options: dict[str, Any]) -> torch.Tensor:
+    out, aux = flex_attention(q, k, v, **options, return_aux=AuxRequest(lse=True))
     # exp(lse) / (exp(lse) + exp(sink)) is what the other keys keep of the softmax.
     kept = torch.sigmoid(aux.lse - sinks.view(-1, 1))
     return (out * kept.unsqueeze(-1)).to(out.dtype)
