@@ -22,6 +22,8 @@ class Style(Enum):
     """Output features are split."""
     ROWWISE = "rowwise"
     """Input features are split; outputs are summed, and the sequence split again."""
+    NORM_COLWISE = "norm colwise"
+    """A norm over features that are split, and its weight with them."""
     LOCAL = "local"
     """The weight is whole everywhere and used for each rank's own work; its gradient is summed."""
     HEADS = "heads"

@@ -7,11 +7,12 @@ import pytest
 from tests.distributed_tests.test_data_parallel import assert_equals_one_process, gradients, job
 from tests.distributed_tests.test_tensor_parallel import axes
 from torchtitan.distributed.launch import run_ranks
-from torchtitan.models import deepseek_v3, qwen3
+from torchtitan.models import deepseek_v3, olmo2, qwen3
 
 MODELS = {
     "normed heads": qwen3.FLAVORS["8B"],
     "latent queries, keys and values": replace(deepseek_v3.FLAVORS["671B"], moe=None),
+    "norms over all heads, after layers": olmo2.FLAVORS["7B"],
     "latent keys and values": replace(deepseek_v3.FLAVORS["16B"], moe=None),
 }
 TP2, TP4 = {"tensor_parallel_degree": 2}, {"tensor_parallel_degree": 4}

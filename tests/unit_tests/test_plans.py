@@ -66,7 +66,7 @@ def test_an_fsdp_unit_that_is_not_a_module_is_named():
 
 def test_every_style_is_used():
     styles = set()
-    for family, flavor in [("llama3", "8B"), ("deepseek_v3", "16B")]:
+    for family, flavor in [("llama3", "8B"), ("deepseek_v3", "16B"), ("olmo2", "7B")]:
         with torch.device("meta"):
             plan = model_config(family, flavor, {}).build().parallel_plan()
         styles |= {rule.style for rule in plan.rules}

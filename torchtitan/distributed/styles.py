@@ -79,6 +79,8 @@ def _meaning(style: Style, between: Placement) -> ParallelStyle:
             return ColwiseParallel()
         case Style.ROWWISE:
             return RowwiseParallel(output_layouts=between)
+        case Style.NORM_COLWISE:
+            return _SplitNorm()
         case Style.LOCAL:
             return _LocalWeight()
         case Style.HEADS | Style.REGION:
@@ -141,6 +143,28 @@ class _LocalWeight(ParallelStyle):
             module.register_parameter(name, nn.Parameter(spread))
         use_local_parameters(module, dict.fromkeys(parameters, (self.of_grad,)))
         return module
+
+
+class _SplitNorm(ParallelStyle):
+    """Ranks add up their sums of squares, a number a token, in place of gathering the features."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module.__class__, module.mesh = _SplitRMSNorm, device_mesh
+        return _LocalWeight(Shard(0))._apply(module, device_mesh)
+
+
+class _SplitRMSNorm(nn.RMSNorm):
+    """RMSNorm of this rank's part of the features."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        squares = DTensor.from_local(squares, self.mesh, [Partial()], run_check=False)
+        squares = squares.redistribute(placements=[Replicate()])
+        # What comes back is each rank's share, for its own features.
+        squares = squares.to_local(grad_placements=[Partial()])
+        rms = (squares / self.normalized_shape[0] + self.eps).sqrt()
+        return (wide / rms * self.weight).to(x.dtype)
 
 
 class _Head(ParallelStyle):
