@@ -69,12 +69,6 @@ NOT_BUILT = (
     ),
     NotBuilt(
         "this model family",
-        PLANNED,
-        ("model.name",),
-        refused=("llama4",),
-    ),
-    NotBuilt(
-        "this model family",
         OUT_OF_SCOPE,
         ("model.name",),
         refused=(
