@@ -19,6 +19,7 @@ from torchtitan.models.hf_format import (
     HFFormat,
 )
 from torchtitan.models.init import Init, Normal
+from torchtitan.models.limits import size_faults
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.rope import YaRNScaling, apply_rope
 from torchtitan.sharding import Fragment, Style
@@ -34,18 +35,18 @@ class GptOssConfig(WideHeadsConfig):
         factor=32.0, original_max_seq_len=4096, truncate=False
     )
     head_dim: int = 64
-    attn_type: str = "flex"
     sliding_window: int = 128
     """How many tokens the layers 0, 2, 4, ... see, the token itself included."""
 
     def attention_pattern(self, layer_id: int) -> Pattern:
         return Pattern() if layer_id % 2 else Pattern(window=self.sliding_window)
 
+    def _size_faults(self) -> Iterator[Fault]:
+        yield from super()._size_faults()
+        yield from size_faults("model.overrides", {"sliding_window": self.sliding_window})
+
     def _shape_faults(self) -> Iterator[Fault]:
         yield from super()._shape_faults()
-        if self.sliding_window < 1:
-            reason = "a token sees itself at least."
-            yield Fault("model.overrides.sliding_window", reason, "Use 1 or more.", self.sliding_window)
         if self.attn_type == "varlen":
             reason = "the varlen kernel gives no gradient to attention sinks."
             yield Fault("model.overrides.attn_type", reason, "Use 'flex' or 'sdpa'.", "varlen")
@@ -102,6 +103,7 @@ _20b = GptOssConfig(
     ffn_dim=0,
     vocab_size=201088,
     moe=_experts,
+    attn_type="flex",
 )
 
 FLAVORS: dict[str, GptOssConfig] = {

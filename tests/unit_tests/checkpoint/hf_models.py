@@ -52,6 +52,14 @@ DEEPSEEK = {
     "topk_group": 1,
     "rope_parameters": YARN,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+LLAMA4 = EXPERTS | {
+    "num_hidden_layers": 4,
+    "intermediate_size_mlp": 40,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 5,
+    "floor_scale": 4,
+}
 MODELS = {
     "llama3": (hf.LlamaForCausalLM, hf.LlamaConfig, {}),
     "llama3, tied": (hf.LlamaForCausalLM, hf.LlamaConfig, {"tie_word_embeddings": True}),
@@ -80,6 +88,15 @@ MODELS = {
         hf.DeepseekV2Config,
         DEEPSEEK | {"topk_method": "group_limited_greedy"},
     ),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, EXPERTS),
+    "gpt_oss": (hf.GptOssForCausalLM, hf.GptOssConfig, EXPERTS | {"sliding_window": 5}),
+    "llama4": (hf.Llama4ForCausalLM, hf.Llama4TextConfig, LLAMA4),
+    "llama4, dense layers": (
+        hf.Llama4ForCausalLM,
+        hf.Llama4TextConfig,
+        LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False},
+    ),
+    "olmo2": (hf.Olmo2ForCausalLM, hf.Olmo2Config, {"pad_token_id": None}),
 }
 """Model class, config class, and the fields that differ from `SIZES`."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit_tests.models.helpers import CPU, assert_equals_transformers, build
+from tests.unit_tests.models.helpers import assert_equals_transformers, build
 from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.llama3 import FLAVORS
@@ -54,32 +54,6 @@ def test_ignored_labels_count_nothing():
     kept = torch.nn.functional.cross_entropy(model(tokens)[0, :8], labels[0, :8], reduction="sum")
     torch.testing.assert_close(model(tokens, masked), kept)
     assert model(tokens, torch.full_like(labels, IGNORE_INDEX)).item() == 0.0
-
-
-@pytest.mark.parametrize("attn_type", ["sdpa", "flex", "varlen"])
-def test_packed_documents_equal_documents_alone(attn_type):
-    model = build(tiny(attn_type=attn_type, attn_mask_type="block_causal"))
-    lengths = [[5, 1, 10], [16]]
-    tokens = torch.randint(64, (2, 16))
-    packed = model(tokens, documents=model.documents(lengths, CPU))
-    for row, row_lengths in enumerate(lengths):
-        start = 0
-        for length in row_lengths:
-            piece = tokens[row : row + 1, start : start + length]
-            alone = model(piece, documents=model.documents([[length]], CPU))
-            torch.testing.assert_close(packed[row, start : start + length], alone[0])
-            start += length
-
-
-def test_another_documents_tokens_leave_the_bits_alone():
-    model = build(tiny(attn_type="flex", attn_mask_type="block_causal"))
-    documents = model.documents([[6, 10]], CPU)
-    first = torch.randint(64, (1, 16))
-    second = first.clone()
-    second[:, :6] = torch.randint(64, (1, 6))
-    assert torch.equal(
-        model(first, documents=documents)[:, 6:], model(second, documents=documents)[:, 6:]
-    )
 
 
 @pytest.mark.parametrize(
