@@ -39,11 +39,11 @@ class Pattern:
 
     def mean_seen(self, length: int) -> float:
         """How many tokens one sees on average, itself counted half, of a document this long."""
-        pairs = 0.0
+        pairs = 0
         for piece in _chunks(length, self.chunk):
             window = min(self.window or piece, piece)
-            pairs += window * piece - window * window / 2
-        return pairs / length
+            pairs += window * piece - window * (window - 1) // 2
+        return pairs / length - 0.5
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Workload:
     tokens_per_step: int
     """Positions in a global batch, padding and unlabelled ones too: all of them cost the same."""
     flops_per_token: tuple[float, float]
-    """Forward and backward; attention counted in full, and its causal half only."""
+    """Forward and backward; attention counted in full, and only what masks leave of it."""
     num_devices: int
 
 

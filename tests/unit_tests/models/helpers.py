@@ -93,7 +93,8 @@ def assert_equals_transformers(
         name: relative_error(parameter.grad, view(name, theirs[name].grad).reshape(parameter.shape))
         for name, parameter in ours.items()
     }
-    assert {name: error for name, error in errors.items() if not error < tolerance} == {}
+    wrong = {name: error for name, error in errors.items() if not error < tolerance}
+    assert not wrong, wrong
 
 
 def relative_error(value, expected):

@@ -54,6 +54,13 @@ def test_masks_of_a_part_are_rows_of_the_whole_mask_up_to_the_last_query(part):
     assert (places == list(range(8))) if mask is None else torch.equal(mask[0, 0], seen)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [1, 4, 11, 16])
+def test_how_much_is_seen(pattern, length):
+    pairs = sum(sees([length], pattern, q, k) for q in range(length) for k in range(length))
+    assert pattern.mean_seen(length) == pytest.approx(pairs / length - 0.5)
+
+
 def test_chunks_and_windows_of_the_varlen_kernel():
     mask = _varlen_mask(LENGTHS, Pattern(chunk=4, window=2), [range(16)], CPU)
     assert mask.offsets[:10].tolist() == [0, 4, 5, 6, 10, 14, 16, 20, 24, 28]

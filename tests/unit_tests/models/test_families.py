@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.unit_tests.models.helpers import build
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
+from torchtitan.models.attention_mask import Pattern
 from torchtitan.models.registry import families, model_config
 
 ROOT = Path(__file__).parents[3]
@@ -40,16 +41,11 @@ def refused(line):
 
 @pytest.mark.parametrize("name", FLAVORS)
 def test_flops_equal_pytorchs_count(name):
-    config = FLAVORS[name]
-    dense = min(config.n_dense_layers, 1)
-    config = replace(
-        config,
-        n_layers=dense + 1,
-        n_dense_layers=dense,
-        seq_len=128,
-        attn_type="sdpa",
-        attn_mask_type="causal",
-    )
+    flavor = FLAVORS[name]
+    config = replace(flavor, n_dense_layers=min(flavor.n_dense_layers, 1), seq_len=128)
+    kinds = [config.is_moe_layer(layer_id) for layer_id in range(config.n_layers)]
+    n_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
+    config = replace(config, n_layers=n_layers, attn_type="sdpa", attn_mask_type="causal")
     with torch.device("meta"):
         model = config.build()
         tokens = torch.zeros(1, 128, dtype=torch.long)
@@ -59,6 +55,20 @@ def test_flops_equal_pytorchs_count(name):
     assert counter.get_total_flops() / 128 == pytest.approx(full, rel=0.01)
     _, channels = config._attention_costs()
     assert full - causal == pytest.approx(3 * config.n_layers * channels * 128)
+
+
+def test_windows_count_where_masks_do():
+    """gpt-oss: half of the layers see 128 of 4096 tokens, the first 127 tokens fewer."""
+    config = FLAVORS["gpt_oss-20b"]
+    full, masked = config.flops_per_token(4096)
+    seen = [128 - 128 * 127 / 2 / 4096 - 0.5, 4096 / 2]
+    assert full - masked == pytest.approx(6 * 2 * 64 * 64 * 12 * (2 * 4096 - sum(seen)))
+
+
+def kinds(config):
+    """What kinds of layers a model has."""
+    layers = range(config.n_layers)
+    return {(config.is_moe_layer(i), config.attention_pattern(i) == Pattern()) for i in layers}
 
 
 MOE = "--model.name qwen3 --model.flavor debugmodel_moe --training.seq_len 64"
@@ -196,6 +206,15 @@ FAULTS = [
         "width, and here they have two. Use 'flex' or 'sdpa'.",
     ),
     (
+        "--model.name gpt_oss --model.flavor debugmodel --model.overrides.attn_type varlen",
+        "model.overrides.attn_type = \"varlen\": the varlen kernel gives no gradient to attention "
+        "sinks. Use 'flex' or 'sdpa'.",
+    ),
+    (
+        "--model.name llama4 --model.flavor debugmodel --model.overrides.moe_interval 0",
+        "model.overrides.moe_interval = 0: must be at least 1.",
+    ),
+    (
         "--training.seq_len 2050 --parallelism.tensor_parallel_degree 4",
         "training.seq_len = 2050: with parallelism.tensor_parallel_degree = 4, sequence parallelism "
         "splits every sequence evenly over 4 ranks. Use 2048 or 2052, or set "
@@ -262,6 +281,4 @@ def test_shrunk_models_train_and_can_be_split(name, tp):
     tokens = torch.randint(config.vocab_size, (2, 8))
     model(tokens, tokens).backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert {layer.moe is None for layer in model.layers.values()} == {
-        not FLAVORS[name].is_moe_layer(layer_id) for layer_id in (0, FLAVORS[name].n_layers - 1)
-    }
+    assert kinds(config) == kinds(FLAVORS[name])
