@@ -23,7 +23,6 @@ FAMILIES = {
     "deepseek_v3, latent queries": "deepseek_v3",
     "gpt_oss": "gpt_oss",
     "llama4, dense layers": "llama4",
-    "olmo2": "olmo2",
 }
 TP2 = {"tensor_parallel_degree": 2}
 EP2 = {"expert_parallel_degree": 2}
@@ -42,9 +41,8 @@ CASES = [
     *(("llama3, tied", layout) for layout in LAYOUTS if "ep2" not in layout),
     *(("qwen3_moe", layout) for layout in LAYOUTS),
     *(("deepseek_v3, latent queries", layout) for layout in ("fsdp3, uneven", "ep2 x tp2, etp 2")),
-    *(("gpt_oss", layout) for layout in ("fsdp3, uneven", "ep2 x tp2, etp 2")),
+    ("gpt_oss", "ep2 x tp2, etp 2"),
     ("llama4, dense layers", "ep2 x tp2, etp 2"),
-    ("olmo2", "tp2"),
 ]
 
 
