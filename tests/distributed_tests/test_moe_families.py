@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from tests.distributed_tests.test_data_parallel import assert_equal_on_all_ranks
+from tests.distributed_tests.test_data_parallel import assert_equal_on_all_ranks, gradients
 from tests.distributed_tests.test_moe_layouts import BY_OP, FULL, gradients_of_all, parallel
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.models import gpt_oss, llama4, mixtral
@@ -46,6 +46,14 @@ LAYOUTS = {
     "fsdp2 x tp2 ep2 etp2, no sp, by-op ac": (4, parallel(tp=2, ep=2, etp=2, sp=False, **BY_OP), 2),
     "tp2, compile, by-op ac": (2, parallel(tp=2, compiled=True, **BY_OP), 1),
 }
+
+
+def test_biases_of_fewer_experts_than_ranks():
+    """Weights are sharded along the hidden width then, which an output's bias does not have."""
+    config = MODELS["gpt_oss"]
+    config = replace(config, n_layers=1, moe=replace(config.moe, num_experts=3, top_k=2))
+    reference = run_ranks(gradients, 1, config, parallel())[0]
+    assert_equal_on_all_ranks(reference, run_ranks(gradients, 4, config, parallel()))
 
 
 @pytest.fixture(scope="module")

@@ -83,10 +83,10 @@ class Llama4Config(WideHeadsConfig):
         return Pattern(chunk=self.attention_chunk) if chunked else Pattern()
 
     def shrunk(self, tp: int) -> "Llama4Config":
-        small = replace(super().shrunk(tp), floor_scale=4)
-        if not self.nope_interval:
-            return small
-        return replace(small, n_layers=4, nope_interval=4, attention_chunk=6)
+        small = replace(super().shrunk(tp), moe_interval=min(self.moe_interval, 2), floor_scale=4)
+        if self.nope_interval:
+            small = replace(small, n_layers=4, nope_interval=4)
+        return replace(small, attention_chunk=6 if self.attention_chunk else 0)
 
     def build_attention(self, layer_id: int, residual_std: float) -> nn.Module:
         sizes = (self.dim, self.n_heads, self.n_kv_heads, self.head_dim, residual_std)
