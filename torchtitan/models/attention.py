@@ -86,7 +86,8 @@ def _attend_dense_with_sinks(q, k, v, mask, scale: float | None, sinks) -> torch
     """
     channels = q.shape[-1]
     scale = scale or channels**-0.5
-    more = 8 - channels % 8  # kernels that take a mask take only multiples of eight
+    # On GPUs, kernels that take a mask take only multiples of eight.
+    more = 8 - channels % 8 if q.is_cuda else 1
     channel = (sinks / scale).to(q.dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
     q = F.pad(torch.cat([q, channel], dim=-1), (0, more - 1, 1, 0))
     k, v = (F.pad(x, (0, more, 1, 0)) for x in (k, v))
