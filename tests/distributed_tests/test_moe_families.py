@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from tests.distributed_tests.test_context_parallel import HEADS
+from tests.distributed_tests.test_context_parallel_families import split
 from tests.distributed_tests.test_data_parallel import assert_equal_on_all_ranks, gradients
 from tests.distributed_tests.test_moe_layouts import BY_OP, FULL, gradients_of_all, parallel
 from torchtitan.distributed.launch import run_ranks
@@ -44,6 +46,8 @@ LAYOUTS = {
     "tp2 ep2, no sp, full ac": (2, parallel(tp=2, ep=2, sp=False, **FULL), 1),
     "fsdp2 x tp2 ep2 etp2": (4, parallel(tp=2, ep=2, etp=2), 1),
     "fsdp2 x tp2 ep2 etp2, no sp, by-op ac": (4, parallel(tp=2, ep=2, etp=2, sp=False, **BY_OP), 2),
+    "cp2": (2, split(2), 1),
+    "cp2, heads": (2, split(2, HEADS), 1),
     "tp2, compile, by-op ac": (2, parallel(tp=2, compiled=True, **BY_OP), 1),
 }
 
