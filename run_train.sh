@@ -15,7 +15,8 @@
 # torchrun's own PET_* variables work too.
 #
 # Relative paths in the configuration are the repository's; CONFIG_FILE may be the caller's.
-# Exit status: 0 done, 2 wrong configuration, 128 + n ended by signal n, 1 any other failure.
+# Exit status: 0 done, 2 wrong configuration, 75 saved on request (start me again), 128 + n ended by
+# signal n, 1 any other failure.
 set -euo pipefail
 
 caller=$PWD

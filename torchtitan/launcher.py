@@ -11,12 +11,15 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
 from torchtitan import preflight
+from torchtitan.preemption import EXIT_START_AGAIN, STOP_SIGNALS
 
 TRAIN_MODULE = "torchtitan.train"
 LAST_LINES = 30
@@ -30,16 +33,63 @@ def main(argv: Sequence[str]) -> int:
         if status != 0:
             return status
     args.log_dir = args.log_dir or tempfile.mkdtemp(prefix="torchtitan_logs_")
+    # torchrun would kill ranks that still save 30 s after it has passed a signal on.
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    told: list[int] = []
+    _pass_on_signals(told)
     try:
         run(args)
     except ChildFailedError as error:
-        _tell(error, args.log_dir, args.local_ranks_filter)
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 1
+        status = _status(error, told)
+        if status != EXIT_START_AGAIN:
+            _tell(error, args.log_dir, args.local_ranks_filter)
+        return status
     except SignalException as error:
         return 128 + int(error.sigval)
     shutil.rmtree(args.log_dir)
     return 0
+
+
+def _pass_on_signals(told: list[int]) -> None:
+    """Hand stop signals on to the ranks, which save and end in their own time; `told` keeps them."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        ranks = _children()
+        for rank in ranks:
+            os.kill(rank, number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
+
+
+def _children() -> list[int]:
+    """Process ids of the ranks on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def _status(error: ChildFailedError, told: list[int]) -> int:
+    """Of a rank that has saved on request; else of the first to fail.
+
+    torchrun may have ended the other ranks of a saved run with SIGTERM.
+    """
+    statuses = [failure.exitcode for failure in error.failures.values()]
+    if EXIT_START_AGAIN in statuses:
+        return EXIT_START_AGAIN
+    first = error.get_first_failure()[1].exitcode
+    if -first in told:
+        return 128 - first
+    return first if first > 0 else 1
 
 
 def _tell(error: ChildFailedError, log_dir: str, local_ranks_shown: str) -> None:

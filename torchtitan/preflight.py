@@ -7,21 +7,22 @@ every fault at once and exits with status 2, or says nothing. The trainer starts
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from torchtitan.checkpoint.find import Progress, find_checkpoint, read_progress
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
-from torchtitan.checkpoint.manager import Progress, find_checkpoint, read_progress
+from torchtitan.checkpoint.manager import find_altered
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config, located
 from torchtitan.config.names import nearest
-from torchtitan.config.schema import Compile, JobConfig, Training, Validation
+from torchtitan.config.schema import Checkpoint, Compile, JobConfig, Training, Validation
 from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.loader import position_faults
 from torchtitan.data.source import Dealing
@@ -55,8 +56,16 @@ class Setup:
     hf: HuggingFace
 
 
-def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
-    """Resolve a config for `world_size` ranks; raises ConfigError with every fault there is."""
+def prepare(
+    config: JobConfig,
+    world_size: int,
+    device: torch.device,
+    altered: Mapping[Path, str] | None = None,
+) -> Setup:
+    """Resolve a config for `world_size` ranks; raises ConfigError with every fault there is.
+
+    `altered` are checkpoints known to be damaged, each with what is wrong.
+    """
     faults = list(check_config(config))
     if config.experimental.custom_import:
         faults += _import(config.experimental.custom_import)
@@ -74,6 +83,7 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
+    attempt(_check_saving, config.checkpoint, world_size, device)
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
     model = attempt(_model_config, config)
     if model and tokenizer:
@@ -82,7 +92,7 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
         attempt(check_no_decay, config.optimizer.no_decay, _parameter_names(model))
     attempt(_check_data, config)
     places = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
-    checkpoint = attempt(find_checkpoint, config.checkpoint, *places)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, *places, altered)
     hf = model and HuggingFace(config.model.name, model, places[1])
     if hf and checkpoint:
         attempt(_check_hugging_face_load, hf, config, checkpoint)
@@ -95,6 +105,15 @@ def prepare(config: JobConfig, world_size: int, device: torch.device) -> Setup:
     if faults:
         raise ConfigError(faults)
     return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size, hf)
+
+
+def prepare_again(setup: Setup, world_size: int, device: torch.device) -> Setup:
+    """The setup without checkpoints whose files were altered: they are read in full. Collective."""
+    altered: dict[Path, str] = {}
+    while what := find_altered(setup.checkpoint):
+        altered[setup.checkpoint] = what
+        setup = prepare(setup.config, world_size, device, altered)
+    return setup
 
 
 def _import(module: str) -> list[Fault]:
@@ -124,6 +143,18 @@ def _check_compiler(config: Compile) -> None:
         near = nearest(config.backend, known)
         remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
         raise ConfigError([Fault("compile.backend", "no such name.", remedy, config.backend)])
+
+
+def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> None:
+    faults = []
+    if config.create_seed_checkpoint and world_size > 1:
+        reason = f"is written by one process, and there are {world_size} ranks."
+        faults.append(Fault("checkpoint.create_seed_checkpoint", reason, "Set NGPU=1.", True))
+    if config.async_mode == "async_with_pinned_mem" and device.type == "cpu":
+        reason = "pinned memory speeds up copies from a GPU, and there is none."
+        faults.append(Fault("checkpoint.async_mode", reason, 'Use "async".', config.async_mode))
+    if faults:
+        raise ConfigError(faults)
 
 
 def _model_config(config: JobConfig) -> DecoderConfig:
@@ -163,6 +194,8 @@ def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
     if not _is_own(checkpoint, config) and config.checkpoint.initial_load_model_only:
         return {}
     progress = read_progress(checkpoint)
+    if progress["step"] == 0:  # a seed checkpoint: weights for a new run
+        return {}
     if progress["model_only"] and progress["step"] < config.training.steps:
         fault = Fault(
             "checkpoint.load_step",

@@ -14,7 +14,8 @@ from torchtitan.distributed.comm import (
 from torchtitan.host_memory import keep_freed_memory
 from torchtitan.logging import init_logger
 from torchtitan.observability.watchdog import Watchdog
-from torchtitan.preflight import prepare, report
+from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
+from torchtitan.preflight import prepare, prepare_again, report
 from torchtitan.trainer import Trainer
 
 
@@ -32,12 +33,24 @@ def main(argv: Sequence[str]) -> int:
         if world.rank == 0:
             report(error, argv)
         return EXIT_CONFIG
-    dump_folder = config.job.dump_folder
+    stop = StopRequest(config.checkpoint.max_run_seconds)
+    resumable = config.checkpoint.enable and not config.checkpoint.load_only
+    if resumable:
+        stop.listen()
+    dump_folder, timeout = config.job.dump_folder, config.comm.init_timeout_seconds
     init_process_group(config.comm, dump_folder, device)
-    with Watchdog(world, config.comm.init_timeout_seconds, dump_folder) as watchdog:
-        Trainer(setup, world, device, watchdog).run()
+    with Watchdog(world, timeout, dump_folder, sigterm_ends=not resumable) as watchdog:
+        try:
+            setup = prepare_again(setup, world.size, device)
+        except ConfigError as error:
+            if world.rank == 0:
+                report(error, argv)
+            status = EXIT_CONFIG
+        else:
+            done = Trainer(setup, world, device, watchdog, stop).run()
+            status = 0 if done else EXIT_START_AGAIN
         destroy_process_group()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

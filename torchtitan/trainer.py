@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from torchtitan.optim.optimizer import (
     state_by_name,
 )
 from torchtitan.optim.schedule import describe_schedule, learning_rate
+from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
 from torchtitan.run_record import describe, resolved_config, save_config
 from torchtitan.validation import validate
@@ -44,8 +46,17 @@ from torchtitan.validation import validate
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, setup: Setup, world: World, device: torch.device, watchdog: Watchdog):
+    def __init__(
+        self,
+        setup: Setup,
+        world: World,
+        device: torch.device,
+        watchdog: Watchdog,
+        stop: StopRequest | None = None,
+    ):
         self.setup, self.world, self.device, self.watchdog = setup, world, device, watchdog
+        self.stop = stop or StopRequest()
+        self.stopping = False  # what the ranks have agreed on
         self.config = config = resolved_config(setup)
         self.step = setup.progress.get("step", 0)
         self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
@@ -60,7 +71,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
         state = state_by_name(self.optimizer)
         self.checkpoints = CheckpointManager(
-            config.checkpoint, self.dump_folder, self.model, state, setup.hf
+            config.checkpoint,
+            self.dump_folder,
+            self.model.state_dict,
+            state,
+            setup.hf,
+            origin={"layout": asdict(setup.degrees), "config": asdict(config)},
         )
         if setup.checkpoint is not None:
             self.checkpoints.load(setup.checkpoint)
@@ -75,27 +91,43 @@ class Trainer:
             save_config(config)
         self._describe()
 
-    def run(self) -> None:
-        """Train to the last step, or until the data ends."""
-        first = self.step + 1
-        if self.step >= self.config.training.steps:
-            logger.info(f"training.steps = {self.config.training.steps} are done already")
+    def run(self) -> bool:
+        """Train to the last step, until the data ends, or until told to stop; whether all is done."""
+        if self.config.checkpoint.create_seed_checkpoint:
+            self.checkpoints.save_seed({"seed": self.config.debug.seed})
+            return True
+        first, num_steps = self.step + 1, self.config.training.steps
+        done = self.step >= num_steps
+        if done:
+            logger.info(f"training.steps = {num_steps} are done already")
         with ExitStack() as stack:
             recorders = self._enter_recorders(stack)
-            while self.step < self.config.training.steps:
+            self._over_ranks(0)  # who was told to stop while the run was set up?
+            while not done and not self.stopping:
                 batch = self._next_batch()
                 if batch is None:
                     logger.info(f"the data ended after step {self.step}")
                     self._save(last=True)
-                    return
+                    done = True
+                    break
                 self.step += 1
+                done = self.step == num_steps
                 self._train_step(batch)
                 self._validate()
-                self._save(last=self.step == self.config.training.steps)
+                self._save(last=done)
                 self._collect_garbage()
                 recorders.step()
                 if self.step == first:
                     self._set_timeouts(self.config.comm.train_timeout_seconds)
+            self._end(done)
+        return done
+
+    def _end(self, done: bool) -> None:
+        """Wait for what is still being saved, and tell why the run ends early."""
+        with self._pause("checkpoint"):
+            self.checkpoints.writer.finish()
+        if not done:
+            logger.info(self.stop.farewell(self.step))
 
     def _enter_recorders(self, stack: ExitStack) -> StepRecorders:
         """Start what accompanies the loop, and leave it as it was afterwards."""
@@ -180,10 +212,14 @@ class Trainer:
         return None
 
     def _over_ranks(self, count: int) -> int:
-        """Sum of a count over the data-parallel ranks; on the host, the GPU is not waited for."""
-        total = torch.tensor(count)
-        dist.all_reduce(total)
-        return int(total) // self.setup.degrees.tp
+        """Sum of a count over the data-parallel ranks; on the host, the GPU is not waited for.
+
+        Whether any rank was told to stop goes with it, and needs no exchange of its own.
+        """
+        totals = torch.tensor([count, bool(self.stop.reason)])
+        dist.all_reduce(totals)
+        self.stopping |= bool(totals[1])
+        return int(totals[0]) // self.setup.degrees.tp
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -209,9 +245,10 @@ class Trainer:
             yield batch.cut(self.part)
 
     def _save(self, last: bool) -> None:
-        if self.checkpoints.wants_save(self.step, last):
+        self.checkpoints.writer.raise_failure()
+        if self.checkpoints.wants_save(self.step, last or self.stopping):
             with self._pause("checkpoint"):
-                self.checkpoints.save(self.step, self._progress(), last)
+                self.checkpoints.save(self.step, self._progress(), last, wait=self.stopping)
 
     @contextmanager
     def _pause(self, phase: str) -> Iterator[None]:
@@ -221,6 +258,7 @@ class Trainer:
         self._set_timeouts(comm.init_timeout_seconds)
         with self.metrics.paused():
             yield
+        self._over_ranks(0)  # a long pause is when ranks are told to stop
         self._set_timeouts(comm.train_timeout_seconds)
 
     def _set_timeouts(self, seconds: float) -> None:

@@ -1,17 +1,21 @@
-"""Which checkpoints are kept, found and refused."""
+"""Which checkpoints are kept, found and refused; what is in them, whenever they are written."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from torchtitan.checkpoint.manager import (
-    CheckpointManager,
-    find_checkpoint,
-    read_progress,
-    saved_steps,
-)
+from torchtitan.checkpoint import storage, writer
+from torchtitan.checkpoint.find import find_checkpoint, read_progress
+from torchtitan.checkpoint.manager import CheckpointManager, NonFiniteState, find_altered
+from torchtitan.checkpoint.storage import saved_steps
+from torchtitan.checkpoint.writer import CheckpointFailed
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import Checkpoint, Optimizer
 from torchtitan.distributed.launch import run_ranks
@@ -28,11 +32,11 @@ def manager(folder, value, **options):
     with torch.no_grad():
         for tensor in (model.weight, state["weight"]["exp_avg"]):
             tensor.fill_(value)
-    return CheckpointManager(Checkpoint(enable=True, **options), folder, model, state)
+    return CheckpointManager(Checkpoint(enable=True, **options), folder, model.state_dict, state)
 
 
 def values(m):
-    return m.model.weight.mean().item(), m.optimizer_state["weight"]["exp_avg"].mean().item()
+    return m.model_state()["weight"].mean().item(), m.optimizer_state["weight"]["exp_avg"].mean().item()
 
 
 def save(folder, steps, last=None, **options):
@@ -51,7 +55,6 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     run_ranks(save, 1, tmp_path, [2, 10, 4])
     folder = tmp_path / "checkpoint"
     (folder / "step-30.tmp").mkdir()  # an interrupted save
-    (folder / "step-20").mkdir()  # not ours: no progress.json
     assert saved_steps(folder) == [2, 4, 10]
     newest = find_checkpoint(ENABLED, tmp_path, ASSETS)
     assert newest == folder / "step-10"
@@ -76,7 +79,7 @@ def test_an_initial_load_path_is_used_until_the_run_has_its_own(tmp_path):
     run_ranks(save, 1, tmp_path / "second", [1])
     assert find_checkpoint(config, tmp_path / "second", ASSETS).name == "step-1"
     broken = Checkpoint(enable=True, initial_load_path=str(tmp_path))
-    with pytest.raises(ConfigError, match="not a complete checkpoint"):
+    with pytest.raises(ConfigError, match="not a whole checkpoint: manifest.json is missing"):
         find_checkpoint(broken, tmp_path / "third", ASSETS)
 
 
@@ -125,4 +128,180 @@ def test_the_optimizer_can_be_excluded(tmp_path):
 )
 def test_when_a_checkpoint_is_saved(step, last, options, expected):
     config = Checkpoint(**({"enable": True} | options))
-    assert CheckpointManager(config, Path(), nn.Linear(1, 1), {}).wants_save(step, last) is expected
+    assert CheckpointManager(config, Path(), dict, {}).wants_save(step, last) is expected
+
+
+def sharded_manager(folder, **options):
+    """Weights of three kinds, spread over all ranks: split unevenly, whole, and integers."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensors = {
+        "split": distribute_tensor(torch.arange(15.0).view(5, 3), mesh, [Shard(0)]),
+        "whole": torch.arange(4.0),
+        "counts": torch.arange(3),
+    }
+    moments = {"split": {"exp_avg": tensors["split"] * 2, "step": torch.tensor(1.0)}}
+    return CheckpointManager(
+        Checkpoint(enable=True, **options), folder, lambda: tensors, moments, origin={"layout": {"dp": 1}}
+    )
+
+
+@torch.no_grad()
+def change(m):
+    for tensor in (*m.model_state().values(), m.optimizer_state["split"]["exp_avg"]):
+        tensor *= 0
+
+
+def sums(m):
+    tensors = m.model_state()
+    weights = [tensors["split"].full_tensor(), tensors["whole"], tensors["counts"]]
+    return [t.sum().item() for t in (*weights, m.optimizer_state["split"]["exp_avg"].full_tensor())]
+
+
+SUMS = [105, 6, 3, 210]
+
+
+def save_while_training_goes_on(folder):
+    """Saves three times; the second is held up until the weights have changed."""
+    m = sharded_manager(folder, async_mode="async")
+    m.save(1, {})
+    m.writer.finish()
+    buffers = staged_at(m)
+    go_on, dcp_save = threading.Event(), writer.dcp.save
+
+    def slow_save(*args, **kwargs):
+        assert go_on.wait(30)
+        return dcp_save(*args, **kwargs)
+
+    writer.dcp.save = slow_save
+    m.save(2, {})
+    change(m)
+    unfinished = (m.folder / "step-2").exists()
+    go_on.set()
+    m.save(3, {})  # waits for the one before
+    published = (m.folder / "step-2").exists()
+    m.writer.finish()
+    return unfinished, published, buffers == staged_at(m)
+
+
+def staged_at(m):
+    """Where in host memory the copies are."""
+    mapping = m.writer._stager._state_dict_stager._cached_storage_mapping
+    return {storage.data_ptr() for storage in mapping.values()}
+
+
+def load_sharded(folder, step):
+    m = sharded_manager(folder)
+    change(m)
+    checkpoint = m.folder / f"step-{step}"
+    altered = find_altered(checkpoint)
+    m.load(checkpoint)
+    return altered, sums(m)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_training_goes_on_while_a_copy_is_written(tmp_path, world_size):
+    ranks = run_ranks(save_while_training_goes_on, world_size, tmp_path)
+    assert ranks == [(False, True, True)] * world_size
+    assert run_ranks(load_sharded, 2, tmp_path, 2) == [("", SUMS)] * 2
+    assert run_ranks(load_sharded, 1, tmp_path, 3) == [("", [0, 0, 0, 0])]
+    origin = storage.read_manifest(tmp_path / "checkpoint" / "step-2")["origin"]
+    assert origin == {"torch": torch.__version__, "layout": {"dp": 1}}
+
+
+def fail_in_background(folder, rank):
+    """A disk that is full on one rank, once."""
+    m = sharded_manager(folder, async_mode="async")
+    m.save(1, {})
+    m.writer.finish()
+    sync = os.fsync
+    if dist.get_rank() == rank:
+        os.fsync = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    m.save(2, {})
+    try:
+        while True:
+            m.writer.raise_failure()
+    except CheckpointFailed as error:
+        told = str(error)
+    os.fsync = sync
+    m.save(3, {})  # what was left does not stand in the way
+    m.writer.finish()
+    return "No space left on device" in told
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_in_the_background_is_told_to_all(tmp_path, rank):
+    assert run_ranks(fail_in_background, 2, tmp_path, rank) == [True, True]
+    assert saved_steps(tmp_path / "checkpoint") == [1, 3]
+    assert not list((tmp_path / "checkpoint").glob("*.tmp"))
+
+
+def save_poisoned(folder, rank, name, value):
+    m = sharded_manager(folder)
+    m.save(1, {})
+    tensors = m.model_state() | {"moment": m.optimizer_state["split"]["exp_avg"]}
+    if dist.get_rank() == rank:
+        local = tensors[name].to_local() if hasattr(tensors[name], "to_local") else tensors[name]
+        local.view(-1)[-1] = float(value)
+    try:
+        m.save(2, {})
+    except NonFiniteState as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "name", "value", "named"),
+    [
+        (0, "split", "nan", "model.split"),
+        (1, "moment", "inf", "optimizer.split.exp_avg"),
+        (1, "whole", "-inf", "model.whole"),
+    ],
+)
+def test_nothing_that_is_not_finite_is_saved(tmp_path, rank, name, value, named):
+    told = run_ranks(save_poisoned, 2, tmp_path, rank, name, value)
+    assert told == [f"step 2 is not saved: {named} not finite"] * 2
+    assert saved_steps(tmp_path / "checkpoint") == [1]
+
+
+def altered_and_unfit(folder, checkpoint):
+    told = find_altered(checkpoint)
+    m = CheckpointManager(ENABLED, folder, lambda: {"weight": torch.zeros(3, 2)}, {})
+    try:
+        m.load(checkpoint)
+    except CheckpointFailed as error:
+        return told, str(error).split(":")[0]
+    return told, ""
+
+
+def test_altered_files_and_other_models_are_told_to_all_ranks(tmp_path):
+    run_ranks(save, 1, tmp_path, [2])
+    checkpoint = tmp_path / "checkpoint" / "step-2"
+    told = ("", f"{checkpoint} does not fit this model")
+    assert run_ranks(altered_and_unfit, 2, tmp_path, checkpoint) == [told] * 2
+    data = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    data[-1] ^= 1
+    (checkpoint / "__0_0.distcp").write_bytes(data)
+    [(altered, _), (same, _)] = run_ranks(altered_and_unfit, 2, tmp_path, checkpoint)
+    assert altered == same == "__0_0.distcp does not match its checksum"
+
+
+def save_seed(folder):
+    manager(folder, 3.0, create_seed_checkpoint=True).save_seed({"seed": 1})
+
+
+def test_a_seed_checkpoint_is_weights_for_a_new_run(tmp_path):
+    run_ranks(save_seed, 1, tmp_path)
+    seed = find_checkpoint(ENABLED, tmp_path, ASSETS)
+    assert read_progress(seed) == {"seed": 1, "model_only": True, "step": 0}
+    assert run_ranks(load, 1, tmp_path, seed) == [(3.0, 0.0)]
+    with pytest.raises(ConfigError, match="is what a run begins with, and there is .*step-0"):
+        find_checkpoint(Checkpoint(enable=True, create_seed_checkpoint=True), tmp_path, ASSETS)
+
+
+def see(checkpoints):
+    with pytest.raises(RuntimeError, match="the ranks see different checkpoints: .*step-2.*None"):
+        find_altered(checkpoints[dist.get_rank()])
+
+
+def test_ranks_that_see_different_folders_do_not_start(tmp_path):
+    run_ranks(see, 2, [tmp_path / "step-2", None])

@@ -32,6 +32,7 @@ def _launch(dump_folder: Path, bad_rank: int, misdeed: str) -> subprocess.Comple
     "misdeed, bad_rank, named",
     [
         ("kill", 0, ["rank 0 has been silent", f"last seen at step {BAD_STEP}, phase backward"]),
+        ("kill_apart", 1, ["rank 1 has been silent", f"last seen at step {BAD_STEP}, phase backward"]),
         ("freeze", 1, ["rank 1 has been silent", f"last seen at step {BAD_STEP}, phase backward"]),
         (
             "raise",

@@ -139,7 +139,8 @@ def _wait_for_step(metrics: Path, step: int, run: subprocess.Popen) -> None:
 def _ranks(dump_folder: Path) -> dict[int, int]:
     """Process ids by rank of the training processes that write to this folder."""
     ranks = {}
-    for process in Path("/proc").glob("[0-9]*"):
+    # Oldest first: a loader's worker looks like the rank that it belongs to.
+    for process in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         try:
             command = (process / "cmdline").read_text()
             if str(dump_folder) not in command or "torchtitan.train\0" not in command:
@@ -147,5 +148,6 @@ def _ranks(dump_folder: Path) -> dict[int, int]:
             environment = (process / "environ").read_text().split("\0")
         except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
             continue
-        ranks |= {int(v[5:]): int(process.name) for v in environment if v.startswith("RANK=")}
+        for value in (v for v in environment if v.startswith("RANK=")):
+            ranks.setdefault(int(value[5:]), int(process.name))
     return ranks

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan.checkpoint import storage
 from torchtitan.preflight import main
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
@@ -57,7 +58,23 @@ CASES = {
     "missing step": (["--checkpoint.enable", "--checkpoint.load_step=7"], "no such checkpoint"),
     "missing checkpoint": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
-        "not a complete checkpoint",
+        "not a whole checkpoint",
+    ),
+    "seed of several ranks": (
+        ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"],
+        "is written by one process, and there are 4 ranks. Set NGPU=1.",
+    ),
+    "pinned memory without a GPU": (
+        ["--checkpoint.enable", "--checkpoint.async_mode=async_with_pinned_mem"],
+        "pinned memory speeds up copies from a GPU, and there is none.",
+    ),
+    "budget without checkpoints": (
+        ["--checkpoint.max_run_seconds=60"],
+        "would end the run with nothing saved",
+    ),
+    "part that is not there": (
+        ["--checkpoint.exclude_from_loading=optimiser"],
+        'Did you mean "optimizer"?',
     ),
 }
 
@@ -97,9 +114,9 @@ def test_a_resume_that_would_read_other_data_is_refused(name, tmp_path, capsys):
         "global_batch_size": 8,
         "slots": {str(slot): place for slot in range(8)},
     }
-    checkpoint = tmp_path / "checkpoint" / "step-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "progress.json").write_text(json.dumps(progress))
+    temporary = storage.temporary_path(tmp_path / "checkpoint", 2)
+    storage.new_folder(temporary)
+    storage.publish(temporary, {"progress": progress, "origin": {}, "files": {}})
     argv = [*DEBUG, f"--job.dump_folder={tmp_path}", "--checkpoint.enable"]
     if name != "weights alone":
         assert main(argv) == 0

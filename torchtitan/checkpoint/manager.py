@@ -1,144 +1,175 @@
-"""When a checkpoint is saved, which one is loaded, and what is in it.
+"""When a checkpoint is saved, and what is in it.
 
-A checkpoint is a folder step-N: the weights and optimizer moments in logical (layout-free) form by
-torch.distributed.checkpoint, and progress.json: step, tokens, seed, batch size, data position. It is
-written under a temporary name and published by one rename, so a folder named step-N is complete.
+A checkpoint is a folder step-N (see storage.py): the weights and optimizer moments in logical,
+layout-free form by torch.distributed.checkpoint, and a manifest with the run's progress: step, tokens,
+seed, batch size, data position.
 """
 
-import json
-import re
-import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
+from torchtitan.checkpoint import storage
+from torchtitan.checkpoint.find import Progress, read_progress
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
-from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.checkpoint.writer import (
+    CheckpointFailed,
+    CheckpointWriter,
+    Job,
+    State,
+    together,
+)
 from torchtitan.config.schema import Checkpoint
 from torchtitan.logging import logger
 
-Progress = dict[str, Any]
-"""What a run must know beside its tensors, JSON-able."""
-
-_PROGRESS_FILE = "progress.json"
+Tensors = Mapping[str, torch.Tensor]
 
 
-def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in `folder`, oldest first."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*"))
-    steps = sorted(int(name[1]) for name in names if name)
-    return [step for step in steps if (folder / f"step-{step}" / _PROGRESS_FILE).exists()]
-
-
-def find_checkpoint(config: Checkpoint, dump_folder: Path, assets: Path) -> Path | None:
-    """The checkpoint this run starts from: one of its own, or else initial_load_path, or none.
-
-    `assets` is model.hf_assets_path, where initial_load_in_hf looks without a path. Raises ConfigError where a checkpoint that was asked for is not there.
-    """
-    if not config.enable:
-        return None
-    folder = dump_folder / config.folder
-    steps = saved_steps(folder)
-    if steps and config.load_step in (-1, *steps):
-        return folder / f"step-{steps[-1] if config.load_step == -1 else config.load_step}"
-    if config.load_step != -1:
-        nearest = sorted(steps, key=lambda step: abs(step - config.load_step))[:3]
-        remedy = f"Nearest: {', '.join(map(str, sorted(nearest)))}." if nearest else ""
-        reason = f"no such checkpoint in {folder}."
-        fault = Fault("checkpoint.load_step", reason, remedy, value=config.load_step)
-        raise ConfigError([fault])
-    if config.initial_load_in_hf:
-        return Path(config.initial_load_path or assets)
-    if config.initial_load_path is None:
-        return None
-    path = Path(config.initial_load_path)
-    if not (path / _PROGRESS_FILE).exists():
-        reason = "is not a complete checkpoint (a folder like .../checkpoint/step-1000)."
-        remedy = "Set checkpoint.initial_load_in_hf = true." if is_folder(path) else ""
-        raise ConfigError([Fault("checkpoint.initial_load_path", reason, remedy, str(path))])
-    return path
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """Step, tokens, seed, batch size and data position of a checkpoint."""
-    return json.loads((checkpoint / _PROGRESS_FILE).read_text())
+class NonFiniteState(RuntimeError):
+    """The state to be saved has values that are not finite, and so is not saved."""
 
 
 class CheckpointManager:
-    """Saves and loads one run's model and optimizer state (tensors by name, loaded in place)."""
+    """Saves and loads one run's model and optimizer state (tensors by name, loaded in place).
+
+    `model_state` gives the tensors that this rank has a part in, under the names of the whole model;
+    `optimizer_state` those of each trainable parameter. `origin`, JSON-able, says where checkpoints
+    come from: layout and config.
+    """
 
     def __init__(
         self,
         config: Checkpoint,
         dump_folder: Path,
-        model: nn.Module,
-        optimizer_state: dict[str, dict[str, torch.Tensor]],
+        model_state: Callable[[], Tensors],
+        optimizer_state: Mapping[str, Tensors],
         hf: HuggingFace | None = None,
+        origin: Mapping[str, Any] | None = None,
     ):
         self.config = config
         self.folder = dump_folder / config.folder
-        self.model = model
+        self.model_state = model_state
         self.optimizer_state = optimizer_state
         self.hf = hf
+        self.origin = {"torch": torch.__version__, **(origin or {})}
+        self.writer = CheckpointWriter(config.async_mode if self.saves else "disabled")
+
+    @property
+    def saves(self) -> bool:
+        return self.config.enable and not self.config.load_only
 
     def load(self, checkpoint: Path) -> None:
-        """Read weights, and optimizer state unless it is excluded, in any layout. Collective."""
+        """Read weights, and optimizer state unless it is excluded, in any layout. Collective.
+
+        Raises CheckpointFailed where the checkpoint has other tensors than the model.
+        """
+        start = time.perf_counter()
         own = checkpoint.parent == self.folder
         if is_folder(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
-            self.hf.load(checkpoint, self.model.state_dict(), quantized)
+            self.hf.load(checkpoint, self.model_state(), quantized)
             return
         weights_only = (
             (not own and self.config.initial_load_model_only)
             or "optimizer" in self.config.exclude_from_loading
             or read_progress(checkpoint)["model_only"]
         )
-        state: dict[str, Any] = {"model": self.model.state_dict()}
+        state: State = {"model": self.model_state()}
         if not weights_only:
             state["optimizer"] = self.optimizer_state
-        dcp.load(state, checkpoint_id=checkpoint)
-        logger.info(f"loaded {' and '.join(state)} from {checkpoint}")
+        try:
+            dcp.load(state, checkpoint_id=checkpoint)
+        except CheckpointException as error:  # no Exception, which callers could not expect
+            raise CheckpointFailed(f"{checkpoint} does not fit this model: {error}") from error
+        seconds = time.perf_counter() - start
+        logger.info(f"loaded {' and '.join(state)} from {checkpoint} in {seconds:.2f} s")
 
     def wants_save(self, step: int, last: bool) -> bool:
         """Whether the run saves after `step`."""
-        if not self.config.enable or self.config.load_only:
+        if not self.saves:
             return False
         first = step == 1 and self.config.enable_first_step_checkpoint
         return last or first or step % self.config.interval == 0
 
-    def save(self, step: int, progress: Progress, last: bool = False) -> None:
-        """Write step-`step` and publish it; on the last step maybe the weights alone. Collective."""
-        model_only = last and self.config.last_save_model_only
-        state: dict[str, Any] = {"model": self.model.state_dict()}
-        in_hf = last and self.config.last_save_in_hf
-        dtype = getattr(torch, self.config.export_dtype)
-        if model_only and not in_hf:
-            state["model"] = {name: t.to(dtype) for name, t in state["model"].items()}
-        elif not model_only:
-            state["optimizer"] = self.optimizer_state
-        final, temporary = self.folder / f"step-{step}", self.folder / f"step-{step}.tmp"
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        if in_hf:
-            self.hf.save(temporary, state["model"], dtype)
-        else:
-            dcp.save(state, checkpoint_id=temporary)
-        if dist.get_rank() == 0:
-            progress = progress | {"step": step, "model_only": model_only}
-            (temporary / _PROGRESS_FILE).write_text(json.dumps(progress))
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            self._remove_old()
-        dist.barrier()
-        logger.info(f"saved {' and '.join(state)} to {final}")
+    def save(self, step: int, progress: Progress, last: bool = False, wait: bool = False) -> None:
+        """Save step-`step`; on the last step maybe the weights alone. Collective.
 
-    def _remove_old(self) -> None:
-        if self.config.keep_latest_k:
-            for step in saved_steps(self.folder)[: -self.config.keep_latest_k]:
-                shutil.rmtree(self.folder / f"step-{step}")
+        Asynchronous modes return when the state is copied, except for the last save or with `wait`.
+        Raises NonFiniteState, or CheckpointFailed, also for a save in the background before this one.
+        """
+        model_only = last and self.config.last_save_model_only
+        dtype = getattr(torch, self.config.export_dtype)
+        weights = self.model_state()
+        if last and self.config.last_save_in_hf:
+            job = self._job(step, {"model": weights}, progress, model_only=True)
+            job = replace(job, export=lambda folder: self.hf.save(folder, weights, dtype))
+        elif model_only:
+            job = self._job(step, {"model": _converted(weights, dtype)}, progress, model_only=True)
+        else:
+            state = {"model": weights, "optimizer": self.optimizer_state}
+            job = self._job(step, state, progress, model_only=False)
+        _refuse_nonfinite(job)
+        self.writer.write(job, in_background=not (wait or last))
+
+    def save_seed(self, progress: Progress) -> None:
+        """Save the initial weights as step-0. Collective."""
+        job = self._job(0, {"model": self.model_state()}, progress, model_only=True)
+        self.writer.write(job, in_background=False)
+
+    def _job(self, step: int, state: State, progress: Progress, model_only: bool) -> Job:
+        progress = progress | {"step": step, "model_only": model_only}
+        manifest = {"progress": progress, "origin": self.origin}
+        return Job(self.folder, step, state, manifest, self.config.keep_latest_k)
+
+
+def find_altered(checkpoint: Path | None) -> str:
+    """What differs from a checkpoint's checksums; empty if nothing does. Collective.
+
+    Every file is read in full by one of the ranks. Raises RuntimeError where the ranks do not see the
+    same checkpoint.
+    """
+    names = together(lambda: checkpoint and str(checkpoint))
+    if len(set(names)) > 1:
+        raise RuntimeError(f"the ranks see different checkpoints: {sorted(set(map(str, names)))}")
+    if checkpoint is None or not storage.has_manifest(checkpoint):  # others' folders have none
+        return ""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parts = together(lambda: storage.altered_files(checkpoint, rank, world_size))
+    altered = sorted(name for part in parts for name in part)
+    return f"{', '.join(altered)} does not match its checksum" if altered else ""
+
+
+def _converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def _refuse_nonfinite(job: Job) -> None:
+    """Raise NonFiniteState on all ranks where a value on any of them is not finite."""
+    names, finite = [], []
+    for name, tensor in _flattened(job.state):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.is_floating_point() and local.numel():
+            names.append(name)
+            finite.append(torch.stack(local.aminmax()).isfinite().all())  # one pass, no copy
+    flags = [flag.to(finite[0].device) for flag in finite]  # so that the device is waited for once
+    passed = torch.stack(flags).tolist() if flags else []
+    bad = [name for name, ok in zip(names, passed, strict=True) if not ok]
+    if found := sorted({name for part in together(lambda: bad[:3]) for name in part}):
+        raise NonFiniteState(f"step {job.step} is not saved: {', '.join(found)} not finite")
+
+
+def _flattened(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -16,6 +16,7 @@ LEAST = {
     "checkpoint.interval": 1,
     "checkpoint.keep_latest_k": 0,
     "checkpoint.load_step": -1,
+    "checkpoint.max_run_seconds": 1,
     "comm.init_timeout_seconds": 1,
     "comm.trace_buf_size": 0,
     "comm.train_timeout_seconds": 1,
@@ -229,9 +230,19 @@ def hugging_face_checkpoints_hold_the_model_only(config: JobConfig) -> Iterator[
 
 
 def seed_checkpoint_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
-    if config.checkpoint.create_seed_checkpoint and not config.checkpoint.enable:
-        remedy = "Set checkpoint.enable = true."
+    checkpoint = config.checkpoint
+    if checkpoint.create_seed_checkpoint and (checkpoint.load_only or not checkpoint.enable):
+        remedy = "Set checkpoint.enable = true and checkpoint.load_only = false."
         yield Fault("checkpoint.create_seed_checkpoint", "nothing is saved.", remedy, True)
+
+
+def wall_time_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
+    checkpoint = config.checkpoint
+    if checkpoint.max_run_seconds is None or (checkpoint.enable and not checkpoint.load_only):
+        return
+    reason = "would end the run with nothing saved."
+    remedy = "Set checkpoint.enable = true and checkpoint.load_only = false."
+    yield Fault("checkpoint.max_run_seconds", reason, remedy, checkpoint.max_run_seconds)
 
 
 def early_step_needs_plain_backward(config: JobConfig) -> Iterator[Fault]:
@@ -314,6 +325,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     more_than_one_checkpoint_is_kept,
     hugging_face_checkpoints_hold_the_model_only,
     seed_checkpoint_needs_checkpoints,
+    wall_time_needs_checkpoints,
     early_step_needs_plain_backward,
     experts_are_split_by_tensor_degree,
     async_tensor_parallel_overlaps_compiled_exchanges,

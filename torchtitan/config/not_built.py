@@ -58,8 +58,6 @@ NOT_BUILT = (
         ("model.print_after_conversion", "quantize"),
     ),
     NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
-    NotBuilt("asynchronous checkpointing", PLANNED, ("checkpoint.async_mode",)),
-    NotBuilt("the seed checkpoint", PLANNED, ("checkpoint.create_seed_checkpoint",)),
     NotBuilt("training without real communication", PLANNED, ("comm.mode",)),
     NotBuilt(
         "memory estimation",

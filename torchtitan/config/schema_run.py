@@ -134,6 +134,9 @@ class Checkpoint:
     load_only: bool = False
     """Load as usual but never save."""
 
+    max_run_seconds: int | None = None
+    """Ours. Seconds after its start at which the run saves and ends with status 75."""
+
 
 @dataclass(frozen=True)
 class Debug:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,9 +213,17 @@ def _as_they_are(rows: _Rows) -> _Rows:
 def _outlive_signals(worker: int) -> None:
     """Leave it to the trainer what a signal means; workers end when it closes them, or dies.
 
-    A process group of their own keeps them from torchrun's and the terminal's signals. SIGTERM
-    itself they obey, because that is how multiprocessing ends them at exit.
+    A process group of their own keeps them from torchrun's and the terminal's signals. SIGTERM they
+    obey if it comes from the trainer, because that is how multiprocessing ends them at exit.
     """
     os.setpgrp()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -15,6 +15,7 @@ BACKEND_GRACE_SECONDS = 8
 """How much longer than asked a collective may hang before the backend ends the process: the
 watchdog, which names the odd rank, must be first to speak."""
 
+_BACKGROUND = "background"
 _NAMED: dict[str, dist.ProcessGroup] = {}
 
 
@@ -91,6 +92,15 @@ def group_named(name: str) -> dist.ProcessGroup:
     return _NAMED[name]
 
 
+def new_background_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for a thread beside training, at its own pace and without timeout.
+
+    Two threads must not share one: their collectives would mix. A rank that dies is noticed by the
+    others' main threads.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=_BACKGROUND)
+
+
 def destroy_process_group() -> None:
     """Leave together: a rank that leaves early breaks the last collective of a slower one."""
     dist.barrier()
@@ -108,9 +118,13 @@ def collectives_started() -> dict[str, int]:
 
 
 def _groups() -> list[tuple[dist.ProcessGroup, dict[int, int]]]:
-    """Every process group of this rank, with its global ranks."""
+    """Every process group of this rank's main thread, with its global ranks."""
     world = c10d._world  # no public list in 2.11 and 2.13
-    return [(group, world.pg_group_ranks.get(group, {})) for group in list(world.pg_map)]
+    return [
+        (group, world.pg_group_ranks.get(group, {}))
+        for group in list(world.pg_map)
+        if group.group_desc != _BACKGROUND
+    ]
 
 
 def _backend_timeout(seconds: float) -> timedelta:

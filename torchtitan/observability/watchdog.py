@@ -34,17 +34,23 @@ LINGER_SECONDS = 1.5
 STACK_DEPTH = 20
 EXIT_FAILURE = 1
 EXIT_SIGTERM = 128 + signal.SIGTERM
+SILENCE = "was sent SIGTERM, and a rank is silent"
 
 
 class Watchdog:
     """Guards the block it wraps: `with Watchdog(...) as watchdog`, then `mark` what happens when.
 
     `timeout` is the longest a phase may take, in seconds. One process alone has nobody to watch.
+    SIGTERM ends all ranks at once, if `sigterm_ends`. Otherwise it is left to a handler that is there
+    already, and only a sign that a rank may have died: torchrun then sends it to the others.
     """
 
-    def __init__(self, world: World, timeout: float, dump_folder: str | Path):
+    def __init__(
+        self, world: World, timeout: float, dump_folder: str | Path, sigterm_ends: bool = True
+    ):
         self._timeout = timeout
         self._place = (0, 0, "start", time.monotonic())
+        self._sigterm_ends = sigterm_ends
         self._patrol = _Patrol(self, world, Path(dump_folder)) if world.size > 1 else None
 
     def mark(self, step: int, phase: str) -> None:
@@ -89,6 +95,7 @@ class _Patrol(threading.Thread):
         self._beat = max(BEAT_SECONDS, world.size / BEATS_PER_SECOND_OF_ALL)
         self._finished = threading.Event()
         self._signals, self._wakeup = socket.socketpair()
+        self._roll_call: tuple[float, list[RankState]] | None = None
 
     def start(self) -> None:
         # A connection of its own: a store client serves one call at a time, and others wait in theirs.
@@ -107,7 +114,8 @@ class _Patrol(threading.Thread):
         # the main thread leaves its collective, that is never; the wake-up socket is written at once.
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        if self._watchdog._sigterm_ends:
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
         os.register_at_fork(after_in_child=_forget_signals)
         super().start()
 
@@ -125,7 +133,8 @@ class _Patrol(threading.Thread):
         self._wakeup.send(b"\0")
         self.join()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._watchdog._sigterm_ends:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def run(self) -> None:
         try:
@@ -144,13 +153,25 @@ class _Patrol(threading.Thread):
         told_to_end = False
         if select.select([self._signals], [], [], self._beat)[0]:
             told_to_end = signal.SIGTERM in self._signals.recv(64)
-        if told_to_end:
+        if told_to_end and watchdog._sigterm_ends:
             state.complaint = TOLD_TO_END
+        elif told_to_end:
+            self._roll_call = (time.monotonic() + ANSWER_SECONDS, self._read_all())
+        elif self._silence_after_roll_call():
+            state.complaint = SILENCE
         elif state.error:
             state.complaint = "failed"
         elif time.monotonic() - watchdog._place[3] > watchdog._timeout:
             state.complaint = f"no progress for {watchdog._timeout:g} s"
         return bool(state.complaint) or self._store.check(["alarm"])
+
+    def _silence_after_roll_call(self) -> bool:
+        """Whether a rank has not said a word in the seconds since SIGTERM."""
+        if self._roll_call is None or time.monotonic() < self._roll_call[0]:
+            return False
+        told_at = {state.rank: state.told_at for state in self._roll_call[1]}
+        self._roll_call = None
+        return any(s.told_at == told_at.get(s.rank) and not s.finished for s in self._read_all())
 
     def _raise_alarm(self) -> None:
         """Tell all, wait for their answers, report, end."""

@@ -32,7 +32,8 @@ def test_workers_end_after_their_process_is_killed():
     workers = [int(pid) for pid in process.stdout.readline().split()]
     assert len(workers) == 2
     for worker in workers:  # a signal to the whole job is the trainer's to answer
-        os.kill(worker, signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(worker, number)
     time.sleep(0.5)
     assert all(map(is_running, workers))
     process.kill()
