@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-SEQ_LEN = 4096
 MODELS = {
     "l1b": ["--model.flavor=1B", "--model.overrides.enable_weight_tying=false"],
     "l8x8": ["--model.flavor=8B", "--model.overrides.n_layers=8"],
@@ -32,7 +31,14 @@ RECOMPUTATION = {
     "op": ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"],
     "full": ["--activation_checkpoint.mode=full"],
 }  # fmt: skip
-LAYOUTS = {"fsdp": [], "tp": ["--parallelism.tensor_parallel_degree={}"]}
+CONTEXT = "--parallelism.context_parallel_degree={}"
+LAYOUTS = {
+    "fsdp": [],
+    "tp": ["--parallelism.tensor_parallel_degree={}"],
+    "kv": [CONTEXT],
+    "alltoall": [CONTEXT, "--parallelism.context_parallel_rotate_method=alltoall"],
+    "heads": [CONTEXT, "--parallelism.context_parallel_method=heads"],
+}
 
 
 def ceilings() -> dict[str, float]:
@@ -61,7 +67,7 @@ def _seconds(work, repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def measure(case: str, steps: int, extra: list[str]) -> dict[str, object]:
+def measure(case: str, steps: int, seq_len: int, extra: list[str]) -> dict[str, object]:
     """Run one case, as `--help` spells it, and summarise the second half of its steps."""
     model, variant, recomputation, batch, *layout = case.split(":")
     layout, num_gpus = re.fullmatch(r"([a-z]+)(\d+)", layout[0] if layout else "fsdp1").groups()
@@ -69,7 +75,7 @@ def measure(case: str, steps: int, extra: list[str]) -> dict[str, object]:
         argv = [
             *MODELS[model], *VARIANTS[variant], *RECOMPUTATION[recomputation], *extra,
             *(option.format(num_gpus) for option in LAYOUTS[layout]),
-            f"--training.local_batch_size={batch}", f"--training.seq_len={SEQ_LEN}",
+            f"--training.local_batch_size={batch}", f"--training.seq_len={seq_len}",
             f"--training.steps={steps}", "--metrics.log_freq=1", f"--job.dump_folder={folder}",
             "--debug.seed=0",
         ]  # fmt: skip
@@ -112,9 +118,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", help=(
         "model:variant:recomputation:sequences a data-parallel rank[:layout], such as l8x8:compile:none:4 "
-        "or l8b:compile:op:4:tp2; layouts are fsdp1 (the default), fsdp2, tp2 and so on"
+        "or l8b:compile:op:4:tp2; layouts are fsdp1 (the default), fsdp2, tp2, and kv2, alltoall2, heads2 "
+        "of context parallelism"
     ))
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--extra", default="", help="more arguments for every run")
     options = parser.parse_args()
@@ -123,7 +131,7 @@ def main() -> None:
     print(results, flush=True)
     results["cases"] = []
     for case in options.cases:
-        result = measure(case, options.steps, options.extra.split())
+        result = measure(case, options.steps, options.seq_len, options.extra.split())
         results["cases"].append(result)
         print(json.dumps(result), flush=True)
     if options.json:

@@ -13,6 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.distributed_tests.test_data_parallel import EACH, SEQUENCES, build, global_batch, job, tiny
 from tests.distributed_tests.test_tensor_parallel import TP2, WHOLE
+from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import sync_gradients
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.styles import loss_layout
@@ -27,6 +28,8 @@ TENSOR = {
     "c10d_functional.reduce_scatter_tensor": "reduce-scatter",
     "c10d_functional.all_reduce": "all-reduce",
 }
+CONTEXT = ("gather_tokens", "sum_tokens", "exchange_tokens")
+"""Context parallelism's operators: an all-gather, a reduce-scatter, an all-to-all."""
 UNITS = 5
 """What FSDP gathers and reduces at once: the embedding, three blocks, the norm with the head."""
 MICROBATCHES = 3
@@ -36,7 +39,10 @@ def collectives(config, model_config, microbatches=1, steps=1):
     """For each microbatch on this rank, what its forward and its backward called, by operator."""
     degrees, model = build(model_config, config)
     slots = degrees.slots(dist.get_rank(), SEQUENCES)
-    tokens, labels = (x[slots.start : slots.stop].chunk(microbatches) for x in global_batch())
+    part = sequence_part(config.parallelism, degrees, dist.get_rank())
+    tokens, labels = (
+        part.cut(x[slots.start : slots.stop]).chunk(microbatches) for x in global_batch()
+    )
     each = config.training.sync_gradients_each_microbatch
     calls = []
     with loss_layout(degrees.tp, config.parallelism):
@@ -51,9 +57,10 @@ def collectives(config, model_config, microbatches=1, steps=1):
 
 
 def counting():
-    """Counts the exchanges of experts' rows too."""
+    """Counts exchanges of experts' rows and of sequences' parts too."""
     mode = CommDebugMode()
-    mode.comm_registry |= {torch.ops.torchtitan.exchange_counts, torch.ops.torchtitan.exchange_rows}
+    ours = ("exchange_counts", "exchange_rows", *CONTEXT)
+    mode.comm_registry |= {getattr(torch.ops.torchtitan, name) for name in ours}
     return mode
 
 

@@ -4,6 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from tests.distributed_tests.test_collectives import (
+    CONTEXT,
+    FSDP,
+    TENSOR,
+    called,
+    collectives_of_depths,
+)
 from tests.distributed_tests.test_data_parallel import (
     assert_equals_one_process,
     gradients,
@@ -61,3 +68,25 @@ def reference(request):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradients_equal_one_process(reference, name):
     assert_equals_one_process(reference, LAYOUTS[name])
+
+
+EXCHANGES = {
+    "kv, allgather": (split(2), {"gather_tokens": 1}, {"sum_tokens": 1}),
+    "kv, alltoall": (split(2, EXCHANGED), {"exchange_tokens": 1}, {"exchange_tokens": 1}),
+    "heads": (split(2, HEADS), {"exchange_tokens": 2}, {"exchange_tokens": 2}),
+    "heads, full ac": (split(2, HEADS, **FULL), {"exchange_tokens": 2}, {"exchange_tokens": 4}),
+}
+"""Of one block: config, forward, backward (docs/parallelism.md)."""
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_an_attention_exchanges_as_often_as_the_docs_say_and_a_block_nothing_else(name):
+    config, forward, backward = EXCHANGES[name]
+    two, three = run_ranks(collectives_of_depths, 2, config, (2, 3))[0]
+    block = [more - less for more, less in zip(three, two, strict=True)]
+    names = {f"torchtitan.{name}": name for name in CONTEXT}
+    assert [called(calls, names) for calls in block] == [forward, backward]
+    assert [called(calls, TENSOR) for calls in block] == [{}, {}]
+    # Parameters are sharded over the same ranks.
+    assert called(block[0], FSDP) == {"all-gather": 1}
+    assert called(block[1], FSDP) == {"all-gather": 1, "reduce-scatter": 1}

@@ -79,7 +79,8 @@ def run(folder, world_size=1, **changes):
     """Train on `world_size` ranks: (records by step, initial and final weights, batch hashes)."""
     settings = COMMON | {"job.dump_folder": folder} | changes
     ranks = run_ranks(train, world_size, settings, timeout=120)
-    readers = ranks[:: changes.get(TENSOR, 1)]  # tensor-parallel neighbours read the same
+    # Tensor- and context-parallel neighbours read the same.
+    readers = ranks[:: changes.get(TENSOR, 1) * changes.get(CONTEXT, 1)]
     hashes = [batch_hash(*shares) for shares in zip(*(batches for *_, batches in readers), strict=True)]
     initial, final, _ = ranks[0]
     return records(folder), initial, final, hashes
@@ -96,6 +97,8 @@ def reference(tmp_path_factory):
 
 
 TENSOR = "parallelism.tensor_parallel_degree"
+CONTEXT = "parallelism.context_parallel_degree"
+HEADS = {"parallelism.context_parallel_method": "heads"}
 REPLICATE = "parallelism.data_parallel_replicate_degree"
 LAYOUTS = {
     "fsdp2": (2, {}),
@@ -106,6 +109,9 @@ LAYOUTS = {
     "tp2": (2, {TENSOR: 2}),
     "hsdp2x2 x tp2": (8, {TENSOR: 2, REPLICATE: 2}),
     "fsdp2 x tp2, no sp": (4, {TENSOR: 2, "parallelism.no_enable_sequence_parallel": True}),
+    "cp2": (2, {CONTEXT: 2}),
+    "fsdp2 x cp2, heads": (4, {CONTEXT: 2, **HEADS, "training.local_batch_size": 2}),
+    "cp2 x tp2": (4, {CONTEXT: 2, TENSOR: 2}),
     "accumulate 4": (1, {"training.local_batch_size": 3}),
     "1 worker": (1, {"training.local_batch_size": 12, "training.dataloader.num_workers": 1}),
     "3 workers": (2, {"training.dataloader.num_workers": 3}),
@@ -164,7 +170,7 @@ RESUMED = {
         (3, 4, {REPLICATE: 2}),
         (6, 3, {"training.dataloader.num_workers": 2}),
     ],
-    "tp2, fsdp4, one process": [(2, 2, {TENSOR: 2}), (4, 4, {}), (6, 1, {})],
+    "tp2, fsdp2 x cp2, one process": [(2, 2, {TENSOR: 2}), (4, 4, {CONTEXT: 2}), (6, 1, {})],
 }
 
 
@@ -246,6 +252,7 @@ VALIDATED = {
     "fsdp2": (2, {"validation.local_batch_size": 6}),
     "fsdp3": (3, {"validation.local_batch_size": 4}),
     "tp2": (2, {TENSOR: 2}),
+    "cp2": (2, {CONTEXT: 2}),
 }
 
 
