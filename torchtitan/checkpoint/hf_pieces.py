@@ -6,9 +6,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 
+from torchtitan.config.faults import Fault
 from torchtitan.weight_map import Drop, OnlyOurs, Twin, WeightMap, match, rule_for
 
 Slices = tuple[slice, ...]
@@ -114,3 +116,20 @@ def is_dropped(table: WeightMap, name: str, num_layers: int) -> bool:
     """Whether a model of so many layers leaves a tensor of theirs unread."""
     found = (match(rule.theirs, name) for rule in table if isinstance(rule, Drop))
     return any(f is not None and int(f.get("extra_layer", num_layers)) >= num_layers for f in found)
+
+
+def mismatches(
+    where: Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> Iterator[Fault]:
+    """Every tensor that is missing, unknown or of another shape."""
+    if missing := sorted(expected.keys() - found.keys()):
+        yield Fault(str(where), f"lacks {', '.join(missing)}.")
+    if extra := sorted(found.keys() - expected.keys()):
+        yield Fault(str(where), f"the model has no place for {', '.join(extra)}.")
+    misshapen = [
+        f"{name} {list(found[name])} in place of {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if misshapen:
+        yield Fault(str(where), f"of another shape than in the model: {', '.join(misshapen)}.")

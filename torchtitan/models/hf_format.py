@@ -68,7 +68,7 @@ class HFFormat:
         return type(config) is type(template) and (config.moe is None) == (template.moe is None)
 
 
-def read_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple[Any, HFFormat]:
+def decode_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple[Any, HFFormat]:
     """Our config of a config.json, and the format that understood it; ConfigError if none does."""
     named = [f for f in formats if f.model_type == theirs.get("model_type")]
     if not named:
@@ -79,7 +79,7 @@ def read_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple
     return _best([(lambda f=f: (_decode(f, theirs), f)) for f in named])
 
 
-def write_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, Any], HFFormat]:
+def encode_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, Any], HFFormat]:
     """config.json of a config of ours and its format; ConfigError where transformers has no such model."""
     fitting = [f for f in formats if f.fits(config)]
     if not fitting:
