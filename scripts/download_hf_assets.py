@@ -35,6 +35,9 @@ PATTERNS = {
     "index": ("*.safetensors.index.json",),
 }
 
+FAILURES = (*HfHubHTTPError.__bases__, LocalEntryNotFoundError)
+"""What the library raises; its releases stand on different HTTP libraries."""
+
 
 def main() -> int:
     args = _parse()
@@ -55,7 +58,7 @@ def main() -> int:
             local_dir=folder,
             token=args.hf_token,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except FAILURES as error:
         print(f"{args.repo_id}: {_reason(error, args.revision)}", file=sys.stderr)
         return 1
     print(f"{folder}: {', '.join(sorted(wanted))}")
@@ -71,7 +74,7 @@ def _reason(error: Exception, revision: str | None) -> str:
         return f"has no revision {revision!r}."
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such model, or it is private and --hf_token does not open it."
-    return f"{error} Run the same command again: it goes on where it stopped."
+    return f"{error}. Run the same command again: it goes on where it stopped."
 
 
 def _parse() -> argparse.Namespace:
