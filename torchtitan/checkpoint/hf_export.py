@@ -63,11 +63,7 @@ class Export:
         with torch.device("meta"):
             model = config.build()
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        try:
-            wanted = pieces(format.weights, shapes)
-        except LookupError as error:
-            reason = f"a {format.architecture} cannot hold this model: {error}."
-            raise ConfigError([Fault("model.overrides", reason)]) from None
+        wanted = pieces(format.weights, shapes)
         left_out = only_ours(format.weights, shapes)
         return cls(theirs, wanted, shapes, left_out, [n for n, _ in model.named_parameters()])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from torchtitan.config.faults import Fault
+from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.weight_map import Drop, OnlyOurs, Twin, WeightMap, match, rule_for
 
 Slices = tuple[slice, ...]
@@ -87,8 +87,11 @@ def _parse(axes: str) -> tuple[list[list[str]], list[str]]:
 
 
 def pieces(table: WeightMap, shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
-    """All that files must have, in the order of our tensors; LookupError for one without a rule."""
-    return [piece for name, shape in shapes.items() for piece in _pieces_of(table, name, shape)]
+    """All that files must have, in the order of our tensors; ConfigError for one without a rule."""
+    try:
+        return [piece for name, shape in shapes.items() for piece in _pieces_of(table, name, shape)]
+    except LookupError as error:
+        raise ConfigError([Fault("model.overrides", f"{error}.")]) from None
 
 
 def _pieces_of(table: WeightMap, name: str, shape: Sequence[int]) -> Iterator[Piece]:

@@ -216,6 +216,11 @@ DECODER_WEIGHTS: WeightMap = (
     Rename("layers.{layer}.feed_forward.w2.weight", f"{_MLP}.down_proj.weight"),
     Rename("layers.{layer}.feed_forward.w3.weight", f"{_MLP}.up_proj.weight"),
     Drop(f"{_LAYER}.self_attn.rotary_emb.inv_freq", "follows from the config"),
+    OnlyOurs(
+        "layers.{layer}.moe.expert_bias",
+        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
+    ),
+    OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )
 """What all families' files have."""
 
@@ -231,9 +236,4 @@ EXPERT_WEIGHTS: WeightMap = (
         (f"{_MLP}.experts.{{expert}}.gate_proj.weight", f"{_MLP}.experts.{{expert}}.up_proj.weight"),
     ),
     Stack("layers.{layer}.moe.experts.w2", (f"{_MLP}.experts.{{expert}}.down_proj.weight",)),
-    OnlyOurs(
-        "layers.{layer}.moe.expert_bias",
-        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
-    ),
-    OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )
