@@ -10,6 +10,7 @@ from torch import nn
 
 from torchtitan.checkpoint.hf_files import (
     CONFIG,
+    DTYPES,
     EIGHT_BITS,
     SCALE_SUFFIX,
     TensorFiles,
@@ -116,6 +117,10 @@ def _reader(
         reason = f"the weights in {folder} are quantized, {in_blocks[0]} among them."
         raise ConfigError([Fault(QUANTIZED, reason, "Set it to true.", value=False)])
     found = {name: shape for name, shape in files.shapes.items() if name not in dropped}
-    if faults := list(mismatches(folder, expected, found)):
+    faults = list(mismatches(folder, expected, found))
+    for name in sorted(expected.keys() & found.keys()):
+        if files.dtypes[name] not in DTYPES:
+            faults.append(Fault(str(folder), f"{name} has dtype {files.dtypes[name]}."))
+    if faults:
         raise ConfigError(faults)
     return PieceReader(folder, wanted, files, scales, {of: name for name, of in copies.items()})

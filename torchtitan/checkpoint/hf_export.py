@@ -28,12 +28,12 @@ from torchtitan.checkpoint.hf_folder import (
     write_config,
     write_json,
 )
-from torchtitan.checkpoint.hf_pieces import Piece, mismatches, only_ours, pieces
+from torchtitan.checkpoint.hf_pieces import Piece, is_statistic, mismatches, only_ours, pieces
 from torchtitan.checkpoint.hf_reader import Box, read_boxes
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.models.hf_format import encode_config
 from torchtitan.models.registry import hf_formats
-from torchtitan.weight_map import OnlyOurs
+from torchtitan.weight_map import OnlyOurs, WeightMap
 
 MAX_FILE_BYTES = 5 * 10**9
 """Of tensors in one file; a larger tensor has a file of its own."""
@@ -49,6 +49,7 @@ class Export:
     config: Mapping[str, Any]
     """config.json, but for the dtype and the ids of special tokens."""
     pieces: Sequence[Piece]
+    weights: WeightMap
     shapes: Mapping[str, Sequence[int]]
     """Of all tensors of ours."""
     left_out: Mapping[str, OnlyOurs]
@@ -63,9 +64,9 @@ class Export:
         with torch.device("meta"):
             model = config.build()
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        wanted = pieces(format.weights, shapes)
-        left_out = only_ours(format.weights, shapes)
-        return cls(theirs, wanted, shapes, left_out, [n for n, _ in model.named_parameters()])
+        weights, parameters = format.weights, [name for name, _ in model.named_parameters()]
+        wanted = pieces(weights, shapes)
+        return cls(theirs, wanted, weights, shapes, only_ours(weights, shapes), parameters)
 
 
 def save_pretrained(
@@ -120,7 +121,7 @@ def write(
     reader = FileSystemReader(checkpoint)
     _refuse_others(export, reader)
     saved = reader.read_metadata().state_dict_metadata
-    dtypes = {MODEL + name: saved[MODEL + name].properties.dtype for name in export.shapes}
+    dtypes = {name: tensor.properties.dtype for name, tensor in saved.items() if name.startswith(MODEL)}
     dtypes |= {MODEL + name: dtype for name in export.parameters if dtype}
     num_bytes = {p.theirs: prod(p.shape) * dtypes[MODEL + p.ours].itemsize for p in export.pieces}
     files = _files(export.pieces, num_bytes)
@@ -143,7 +144,12 @@ def _refuse_others(export: Export, reader: FileSystemReader) -> None:
     """Raise ConfigError where a checkpoint has other weights than the model, or what no file can say."""
     saved = reader.read_metadata().state_dict_metadata
     found = {n.removeprefix(MODEL): t.size for n, t in saved.items() if n.startswith(MODEL)}
-    faults = list(mismatches(reader.path, export.shapes, found))
+    # How a run balances its experts is not a question of what the model is.
+    expected, found = (
+        {name: shape for name, shape in shapes.items() if not is_statistic(export.weights, name)}
+        for shapes in (export.shapes, found)
+    )
+    faults = list(mismatches(reader.path, expected, found))
     if not faults:
         zeros = [name for name, rule in export.left_out.items() if rule.must_be_zero]
         boxes = {MODEL + n: Box((0,) * len(found[n]), tuple(found[n])) for n in zeros}

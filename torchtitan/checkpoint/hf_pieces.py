@@ -109,6 +109,12 @@ def only_ours(table: WeightMap, names: Iterable[str]) -> dict[str, OnlyOurs]:
     return {name: rule for name, rule in rules.items() if isinstance(rule, OnlyOurs)}
 
 
+def is_statistic(table: WeightMap, name: str) -> bool:
+    """Whether a tensor of ours is of training only, so that a model is the same without it."""
+    left_out = [r for r in table if isinstance(r, OnlyOurs) and not r.must_be_zero]
+    return any(match(rule.ours, name) is not None for rule in left_out)
+
+
 def twins(table: WeightMap, names: Iterable[str]) -> dict[str, str]:
     """Names that are second copies, with what they are copies of."""
     rules = [rule for rule in table if isinstance(rule, Twin)]

@@ -103,6 +103,12 @@ def test_every_missing_extra_and_misshapen_tensor_is_named(tmp_path):
     )
 
 
+def test_a_tensor_of_whole_numbers_is_refused(tmp_path):
+    save_theirs(tmp_path, "llama3")
+    rewrite(tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}))
+    assert refused(tmp_path) == "- FOLDER: model.norm.weight has dtype I32."
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     assert "layers.0.feed_forward.w1.weight [48, 32] in place of [40, 32]" in misshapen
     with pytest.raises(ConfigError, match="is no checkpoint"):
         hf_convert.to_hf(tmp_path / "small", tmp_path / "ours", small, "llama3", None, None)
+
+
+def test_statistics_of_training_are_left_out(tmp_path):
+    theirs = reference("qwen3_moe")
+    theirs.save_pretrained(tmp_path / "theirs")
+    config = load_pretrained(tmp_path / "theirs").config
+    trained = replace(config, moe=replace(config.moe, global_balance_coeff=0.1))
+    hf_convert.from_hf(tmp_path / "theirs", tmp_path / "step-0", trained, "qwen3", None)
+    for name, run in (("a", config), ("b", trained)):
+        hf_convert.to_hf(tmp_path / "step-0", tmp_path / name, run, "qwen3", None, None)
+        assert contents(tmp_path / name) == contents(tmp_path / "theirs")
