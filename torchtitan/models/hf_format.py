@@ -76,7 +76,7 @@ def decode_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tup
         reason = "no family has this architecture."
         fault = Fault("model_type", reason, f"Known: {known}.", theirs.get("model_type"))
         raise ConfigError([fault])
-    return _best([(lambda f=f: (_decode(f, theirs), f)) for f in named])
+    return _best(named, lambda format: _decode(format, theirs))
 
 
 def encode_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, Any], HFFormat]:
@@ -85,7 +85,7 @@ def encode_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, A
     if not fitting:
         known = ", ".join(f.architecture for f in formats)
         raise ConfigError([Fault("model.name", "transformers has no such model.", f"Known: {known}.")])
-    return _best([(lambda f=f: (_encode(f, config), f)) for f in fitting])
+    return _best(fitting, lambda format: _encode(format, config))
 
 
 def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -104,12 +104,14 @@ def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, 
             yield inner, ours, theirs
 
 
-def _best(attempts: list[Callable[[], Any]]) -> Any:
-    """The first attempt's result that is not refused; else the refusal with the fewest faults."""
+def _best(
+    formats: Sequence[HFFormat], attempt: Callable[[HFFormat], Any]
+) -> tuple[Any, HFFormat]:
+    """What the first format makes of it that does not refuse; else the refusal with the fewest faults."""
     refusals = []
-    for attempt in attempts:
+    for format in formats:
         try:
-            return attempt()
+            return attempt(format), format
         except ConfigError as refusal:
             refusals.append(refusal)
     raise min(refusals, key=lambda refusal: len(refusal.faults))
