@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from tqdm import tqdm
 
+from torchtitan.checkpoint import storage
 from torchtitan.checkpoint.hf import is_quantized, open_folder
 from torchtitan.checkpoint.hf_export import MODEL, Export, write
-from torchtitan.checkpoint.hf_folder import published
+from torchtitan.checkpoint.hf_folder import published, refuse_files
 from torchtitan.checkpoint.hf_reader import Box, PieceReader, read_boxes
-from torchtitan.checkpoint.manager import write_progress
 from torchtitan.config.faults import ConfigError, Fault
 
 MAX_CHUNK_BYTES = 10**9
@@ -48,13 +48,18 @@ def from_hf(folder: Path, output: Path, config: Any, name: str, dtype: torch.dty
     for ours, tensor in model.state_dict().items():
         read_as = held[ours].properties.dtype if ours in held else tensor.dtype
         tensors[ours] = tensor.to(dtype if dtype and ours in parameters else read_as)
+    refuse_files(output)
+    temporary = output.with_name(f"{output.name}.tmp")
+    storage.new_folder(temporary)
     # A file a chunk: the writer holds on to all that it has written to a file until that is whole.
-    with published(output) as temporary, warnings.catch_warnings():
+    writer = FileSystemWriter(temporary, single_file_per_rank=False)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        writer = FileSystemWriter(temporary, single_file_per_rank=False)
         planner = _ChunkPlanner(reader, tensors)
         dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
-        write_progress(temporary, {"step": 0, "model_only": True})
+    progress = {"step": 0, "model_only": True}
+    files = {path.name: storage.fingerprint(path) for path in sorted(temporary.iterdir())}
+    storage.publish(temporary, {"progress": progress, "origin": {"folder": str(folder)}, "files": files})
 
 
 def to_hf(

@@ -25,8 +25,7 @@ def published(folder: Path) -> Iterator[Path]:
 
     Raises ConfigError where there are files under that name.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError([Fault(str(folder), "is there already.", "Name a new folder.")])
+    refuse_files(folder)
     temporary = folder.with_name(f"{folder.name}.tmp")
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -37,6 +36,12 @@ def published(folder: Path) -> Iterator[Path]:
     if rank() == 0:
         temporary.replace(folder)
     barrier()
+
+
+def refuse_files(folder: Path) -> None:
+    """Raise ConfigError where there are files under a name that is to be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError([Fault(str(folder), "is there already.", "Name a new folder.")])
 
 
 def write_config(
