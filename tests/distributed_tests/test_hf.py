@@ -13,6 +13,7 @@ from tests.unit_tests.checkpoint.hf_models import LLAMA3_ROPE, reference
 from tests.unit_tests.checkpoint.test_hf import ASSETS, assert_equal, contents
 from torchtitan.checkpoint import hf_export
 from torchtitan.checkpoint.hf import load_pretrained
+from torchtitan.checkpoint.hf_convert import from_hf
 from torchtitan.checkpoint.hf_export import save_pretrained
 from torchtitan.checkpoint.hf_run import HuggingFace
 from torchtitan.distributed.launch import run_ranks
@@ -105,6 +106,12 @@ def test_a_run_starts_and_ends_in_hugging_face_folders(tmp_path):
     # It is the run's newest checkpoint, too.
     _, again, _, _ = run(tmp_path / "run", **settings)
     assert_equal(again, weights(last, torch.float32))
+    # A checkpoint of the folder starts a run the same way.
+    config = load_pretrained(tmp_path / "theirs").config
+    from_hf(tmp_path / "theirs", tmp_path / "step-0", config, "llama3", None)
+    start = {"checkpoint.enable": True, "checkpoint.initial_load_path": tmp_path / "step-0"}
+    _, converted, _, _ = run(tmp_path / "another", **start | {"training.steps": 1})
+    assert_equal(converted, initial)
 
 
 def weights(folder, dtype):

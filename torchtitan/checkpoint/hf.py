@@ -1,6 +1,6 @@
 """Models from Hugging Face folders: config.json and safetensors, into any layout."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,18 @@ from torch import nn
 
 from torchtitan.checkpoint.hf_files import (
     CONFIG,
+    DTYPES,
     EIGHT_BITS,
     SCALE_SUFFIX,
-    BlockScales,
     TensorFiles,
     block_scales,
     read_json,
 )
-from torchtitan.checkpoint.hf_pieces import Piece, is_dropped, pieces, twins
+from torchtitan.checkpoint.hf_pieces import is_dropped, mismatches, pieces, twins
 from torchtitan.checkpoint.hf_reader import PieceReader, read_into
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import JobConfig, Training
-from torchtitan.models.hf_format import HFFormat, differences, read_config
+from torchtitan.models.hf_format import HFFormat, decode_config, differences
 from torchtitan.models.registry import hf_formats
 
 QUANTIZED = "checkpoint.initial_load_in_hf_quantized"
@@ -43,7 +43,7 @@ def load_pretrained(
     theirs, config, format = _understood(folder, hf_formats())
     seq_len = seq_len or config.max_seq_len
     config = config.update_from_config(JobConfig(training=Training(seq_len=seq_len)))
-    reader = _reader(folder, theirs, config, format, "quantization_config" in theirs)
+    reader = _reader(folder, theirs, config, format, is_quantized(folder))
     with torch.device("meta"):
         model = config.build()
     for parameter in model.parameters():
@@ -75,6 +75,11 @@ def open_folder(folder: Path, config: Any, name: str, quantized: bool) -> PieceR
     return _reader(folder, theirs, config, format, quantized)
 
 
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder's config.json says that its weights are quantized."""
+    return bool(read_json(folder / CONFIG).get("quantization_config"))
+
+
 def tensor_shapes(config: Any) -> dict[str, torch.Size]:
     """Of a whole model's parameters and saved buffers."""
     with torch.device("meta"):
@@ -88,7 +93,7 @@ def _understood(
     path = folder / CONFIG
     theirs = read_json(path)
     try:
-        return theirs, *read_config(formats, theirs)
+        return theirs, *decode_config(formats, theirs)
     except ConfigError as error:
         faults = [replace(fault, setting=f"{path}: {fault.setting}") for fault in error.faults]
         raise ConfigError(faults) from None
@@ -100,48 +105,22 @@ def _reader(
     scales = block_scales(theirs, folder / CONFIG) if quantized else None
     files = TensorFiles(folder)
     wanted = pieces(format.weights, tensor_shapes(config))
-    names = {piece.theirs for piece in wanted}
-    others = [name for name in files.shapes if name not in names]
-    copies = twins(format.weights, others)
-    others = [name for name in others if not is_dropped(format.weights, name, config.n_layers)]
     expected = {piece.theirs: piece.shape for piece in wanted}
-    expected |= {name: expected[of] for name, of in copies.items() if of in expected}
+    others = [name for name in files.shapes if name not in expected]
+    copies = twins(format.weights, others)
+    dropped = {name for name in others if is_dropped(format.weights, name, config.n_layers)}
+    expected |= {name: expected[of] for name, of in copies.items()}
+    in_blocks = [name for name in expected if files.dtypes.get(name) == EIGHT_BITS]
     if scales is not None:
-        expected |= _shapes_of_scales(scales, expected, files)
-    if faults := list(_faults(folder, expected, files, others, quantized)):
+        expected |= {name + SCALE_SUFFIX: scales.shape(expected[name]) for name in in_blocks}
+    elif in_blocks:
+        reason = f"the weights in {folder} are quantized, {in_blocks[0]} among them."
+        raise ConfigError([Fault(QUANTIZED, reason, "Set it to true.", value=False)])
+    found = {name: shape for name, shape in files.shapes.items() if name not in dropped}
+    faults = list(mismatches(folder, expected, found))
+    for name in sorted(expected.keys() & found.keys()):
+        if files.dtypes[name] not in DTYPES:
+            faults.append(Fault(str(folder), f"{name} has dtype {files.dtypes[name]}."))
+    if faults:
         raise ConfigError(faults)
-    source = files.source if scales is None else lambda name: scales.source(files, name)
-    return PieceReader(folder, wanted, source, {of: name for name, of in copies.items()})
-
-
-def _shapes_of_scales(
-    scales: BlockScales, expected: Mapping[str, tuple[int, ...]], files: TensorFiles
-) -> dict[str, tuple[int, ...]]:
-    quantized = [name for name in expected if files.dtypes.get(name) == EIGHT_BITS]
-    return {name + SCALE_SUFFIX: scales.shape(expected[name]) for name in quantized}
-
-
-def _faults(
-    folder: Path,
-    expected: Mapping[str, tuple[int, ...]],
-    files: TensorFiles,
-    others: Sequence[str],
-    quantized: bool,
-) -> Iterator[Fault]:
-    """Every way in which files hold something else than is expected of them."""
-    in_bytes = sorted(name for name in expected if files.dtypes.get(name) == EIGHT_BITS)
-    if in_bytes and not quantized:
-        reason = f"the weights in {folder} are quantized, {in_bytes[0]} among them."
-        yield Fault(QUANTIZED, reason, "Set it to true.", value=False)
-        return
-    if missing := sorted(expected.keys() - files.shapes.keys()):
-        yield Fault(str(folder), f"the files lack {', '.join(missing)}.")
-    if extra := sorted(set(others) - expected.keys()):
-        yield Fault(str(folder), f"the model has no place for {', '.join(extra)}.")
-    misshapen = [
-        f"{name} {list(files.shapes[name])} in place of {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if files.shapes.get(name, shape) != shape
-    ]
-    if misshapen:
-        yield Fault(str(folder), f"of another shape than in the model: {', '.join(misshapen)}.")
+    return PieceReader(folder, wanted, files, scales, {of: name for name, of in copies.items()})

@@ -19,6 +19,9 @@ SCALE_SUFFIX = "_scale_inv"
 """Of the name of a quantized tensor's scales."""
 EIGHT_BITS = "F8_E4M3"
 """safetensors' name of the dtype that blocks are quantized to."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES |= {EIGHT_BITS: torch.bfloat16}
+"""What tensors are read as, by safetensors' names; quantized ones as DeepSeek converts them itself."""
 
 
 class TensorFiles:

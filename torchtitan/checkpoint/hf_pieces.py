@@ -6,9 +6,11 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import torch
 
+from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.weight_map import Drop, OnlyOurs, Twin, WeightMap, match, rule_for
 
 Slices = tuple[slice, ...]
@@ -85,8 +87,11 @@ def _parse(axes: str) -> tuple[list[list[str]], list[str]]:
 
 
 def pieces(table: WeightMap, shapes: Mapping[str, Sequence[int]]) -> list[Piece]:
-    """All that files must have, in the order of our tensors; LookupError for one without a rule."""
-    return [piece for name, shape in shapes.items() for piece in _pieces_of(table, name, shape)]
+    """All that files must have, in the order of our tensors; ConfigError for one without a rule."""
+    try:
+        return [piece for name, shape in shapes.items() for piece in _pieces_of(table, name, shape)]
+    except LookupError as error:
+        raise ConfigError([Fault("model.overrides", f"{error}.")]) from None
 
 
 def _pieces_of(table: WeightMap, name: str, shape: Sequence[int]) -> Iterator[Piece]:
@@ -104,6 +109,12 @@ def only_ours(table: WeightMap, names: Iterable[str]) -> dict[str, OnlyOurs]:
     return {name: rule for name, rule in rules.items() if isinstance(rule, OnlyOurs)}
 
 
+def is_statistic(table: WeightMap, name: str) -> bool:
+    """Whether a tensor of ours is of training only, so that a model is the same without it."""
+    left_out = [r for r in table if isinstance(r, OnlyOurs) and not r.must_be_zero]
+    return any(match(rule.ours, name) is not None for rule in left_out)
+
+
 def twins(table: WeightMap, names: Iterable[str]) -> dict[str, str]:
     """Names that are second copies, with what they are copies of."""
     rules = [rule for rule in table if isinstance(rule, Twin)]
@@ -114,3 +125,20 @@ def is_dropped(table: WeightMap, name: str, num_layers: int) -> bool:
     """Whether a model of so many layers leaves a tensor of theirs unread."""
     found = (match(rule.theirs, name) for rule in table if isinstance(rule, Drop))
     return any(f is not None and int(f.get("extra_layer", num_layers)) >= num_layers for f in found)
+
+
+def mismatches(
+    where: Path, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> Iterator[Fault]:
+    """Every tensor that is missing, unknown or of another shape."""
+    if missing := sorted(expected.keys() - found.keys()):
+        yield Fault(str(where), f"lacks {', '.join(missing)}.")
+    if extra := sorted(found.keys() - expected.keys()):
+        yield Fault(str(where), f"the model has no place for {', '.join(extra)}.")
+    misshapen = [
+        f"{name} {list(found[name])} in place of {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if misshapen:
+        yield Fault(str(where), f"of another shape than in the model: {', '.join(misshapen)}.")

@@ -4,7 +4,7 @@ Each tensor of theirs is a chunk of one of ours. PyTorch's planner then finds wh
 which chunk, whatever the placements are; no rank has to talk to another.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,23 +22,26 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
+from torchtitan.checkpoint.hf_files import DTYPES, BlockScales, TensorFiles
 from torchtitan.checkpoint.hf_pieces import Piece, Source
 
 
 class PieceReader(FileSystemReader):
-    """Reads our tensors from pieces; `source(name)` reads one of theirs, `copies` has their twins."""
+    """Reads our tensors from pieces, dequantized by `scales`; `copies` are names of pieces' twins."""
 
     def __init__(
         self,
         folder: Path,
         pieces: Sequence[Piece],
-        source: Callable[[str], Source],
+        files: TensorFiles,
+        scales: BlockScales | None,
         copies: Mapping[str, str],
     ):
         super().__init__(folder)
-        self.source = source
+        self.files = files
+        self.scales = scales
         self.copies = copies
-        self.metadata = _metadata(pieces)
+        self.metadata = _metadata(pieces, files)
 
     def read_metadata(self) -> Metadata:
         return self.metadata
@@ -46,7 +49,7 @@ class PieceReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
             piece = self.storage_data[item.storage_index]
-            part = piece.read(self.source(piece.theirs), item.storage_offsets, item.lengths)
+            part = piece.read(self._source(piece.theirs), item.storage_offsets, item.lengths)
             if piece.theirs in self.copies:
                 self._compare(piece, item, part)
             planner.resolve_tensor(item).copy_(part)
@@ -54,10 +57,13 @@ class PieceReader(FileSystemReader):
         done.set_result(None)
         return done
 
+    def _source(self, name: str) -> Source:
+        return self.scales.source(self.files, name) if self.scales else self.files.source(name)
+
     def _compare(self, piece: Piece, item: ReadItem, part: torch.Tensor) -> None:
         copy = self.copies[piece.theirs]
         if not torch.equal(
-            part, piece.read(self.source(copy), item.storage_offsets, item.lengths)
+            part, piece.read(self._source(copy), item.storage_offsets, item.lengths)
         ):
             raise ValueError(
                 f"{self.path}: {piece.theirs} and {copy} differ, but config.json says that "
@@ -65,14 +71,15 @@ class PieceReader(FileSystemReader):
             )
 
 
-def _metadata(pieces: Sequence[Piece]) -> Metadata:
-    """Our tensors and the chunks they lie in; no dtypes, as those of chunks may differ."""
+def _metadata(pieces: Sequence[Piece], files: TensorFiles) -> Metadata:
+    """Our tensors and the chunks they lie in; a tensor's dtype is that of its first chunk."""
+    dtypes = {p.ours: DTYPES[files.dtypes[p.theirs]] for p in reversed(pieces)}
     chunks: dict[str, list[ChunkStorageMetadata]] = {}
     for p in pieces:
         chunk = ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes))
         chunks.setdefault(p.ours, []).append(chunk)
     tensors = {
-        name: TensorStorageMetadata(TensorProperties(), _whole(found), found)
+        name: TensorStorageMetadata(TensorProperties(dtypes[name]), _whole(found), found)
         for name, found in chunks.items()
     }
     return Metadata(tensors, storage_data={MetadataIndex(p.ours, p.offsets): p for p in pieces})
@@ -103,6 +110,13 @@ class Box:
             for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes)
         )
         return Box(offsets, tuple(end - first for end, first in zip(ends, offsets)))
+
+    def cut(
+        self, part: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> torch.Tensor:
+        """A smaller box out of this one's part of a tensor; offsets are those in the whole."""
+        starts = [offset - first for offset, first in zip(offsets, self.offsets)]
+        return part[tuple(slice(start, start + size) for start, size in zip(starts, sizes))]
 
 
 def read_boxes(

@@ -40,8 +40,9 @@ class HuggingFace:
         export = Export.of(self.model_config, self.family)
         key, model = "checkpoint.last_save_in_hf", export.config["architectures"][0]
         faults = {
-            reason: Fault(key, f"a {model} cannot hold {name}: {reason}.", value=True)
-            for name, reason in export.zeros.items()
+            rule.reason: Fault(key, f"a {model} cannot hold {name}: {rule.reason}.", value=True)
+            for name, rule in export.left_out.items()
+            if rule.must_be_zero
         }
         if faults:
             raise ConfigError(faults.values())

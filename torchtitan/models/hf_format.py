@@ -68,7 +68,7 @@ class HFFormat:
         return type(config) is type(template) and (config.moe is None) == (template.moe is None)
 
 
-def read_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple[Any, HFFormat]:
+def decode_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple[Any, HFFormat]:
     """Our config of a config.json, and the format that understood it; ConfigError if none does."""
     named = [f for f in formats if f.model_type == theirs.get("model_type")]
     if not named:
@@ -76,16 +76,16 @@ def read_config(formats: Sequence[HFFormat], theirs: Mapping[str, Any]) -> tuple
         reason = "no family has this architecture."
         fault = Fault("model_type", reason, f"Known: {known}.", theirs.get("model_type"))
         raise ConfigError([fault])
-    return _best([(lambda f=f: (_decode(f, theirs), f)) for f in named])
+    return _best(named, lambda format: _decode(format, theirs))
 
 
-def write_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, Any], HFFormat]:
+def encode_config(formats: Sequence[HFFormat], config: Any) -> tuple[dict[str, Any], HFFormat]:
     """config.json of a config of ours and its format; ConfigError where transformers has no such model."""
     fitting = [f for f in formats if f.fits(config)]
     if not fitting:
         known = ", ".join(f.architecture for f in formats)
         raise ConfigError([Fault("model.name", "transformers has no such model.", f"Known: {known}.")])
-    return _best([(lambda f=f: (_encode(f, config), f)) for f in fitting])
+    return _best(fitting, lambda format: _encode(format, config))
 
 
 def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -104,12 +104,14 @@ def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, 
             yield inner, ours, theirs
 
 
-def _best(attempts: list[Callable[[], Any]]) -> Any:
-    """The first attempt's result that is not refused; else the refusal with the fewest faults."""
+def _best(
+    formats: Sequence[HFFormat], attempt: Callable[[HFFormat], Any]
+) -> tuple[Any, HFFormat]:
+    """What the first format makes of it that does not refuse; else the refusal with the fewest faults."""
     refusals = []
-    for attempt in attempts:
+    for format in formats:
         try:
-            return attempt()
+            return attempt(format), format
         except ConfigError as refusal:
             refusals.append(refusal)
     raise min(refusals, key=lambda refusal: len(refusal.faults))
@@ -216,6 +218,11 @@ DECODER_WEIGHTS: WeightMap = (
     Rename("layers.{layer}.feed_forward.w2.weight", f"{_MLP}.down_proj.weight"),
     Rename("layers.{layer}.feed_forward.w3.weight", f"{_MLP}.up_proj.weight"),
     Drop(f"{_LAYER}.self_attn.rotary_emb.inv_freq", "follows from the config"),
+    OnlyOurs(
+        "layers.{layer}.moe.expert_bias",
+        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
+    ),
+    OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )
 """What all families' files have."""
 
@@ -231,9 +238,4 @@ EXPERT_WEIGHTS: WeightMap = (
         (f"{_MLP}.experts.{{expert}}.gate_proj.weight", f"{_MLP}.experts.{{expert}}.up_proj.weight"),
     ),
     Stack("layers.{layer}.moe.experts.w2", (f"{_MLP}.experts.{{expert}}.down_proj.weight",)),
-    OnlyOurs(
-        "layers.{layer}.moe.expert_bias",
-        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
-    ),
-    OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )

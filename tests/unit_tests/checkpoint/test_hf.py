@@ -96,11 +96,17 @@ def test_every_missing_extra_and_misshapen_tensor_is_named(tmp_path):
 
     rewrite(tmp_path, change)
     assert refused(tmp_path) == (
-        f"- FOLDER: the files lack lm_head.weight, {gate}.\n"
+        f"- FOLDER: lacks lm_head.weight, {gate}.\n"
         "- FOLDER: the model has no place for model.layers.2.mlp.experts.0.gate_proj.weight, "
         "model.norm.bias.\n"
         "- FOLDER: of another shape than in the model: model.norm.weight [31] in place of [32]."
     )
+
+
+def test_a_tensor_of_whole_numbers_is_refused(tmp_path):
+    save_theirs(tmp_path, "llama3")
+    rewrite(tmp_path, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)}))
+    assert refused(tmp_path) == "- FOLDER: model.norm.weight has dtype I32."
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_what_no_file_can_hold_is_not_saved(tmp_path):
     save_theirs(tmp_path / "theirs", "deepseek_v2")
     ours = load_pretrained(tmp_path / "theirs")
     ours.layers["1"].moe.expert_bias[0] = 1.0
-    with pytest.raises(ConfigError, match="expert_bias: is not zero .* no balance bias"):
+    with pytest.raises(ConfigError, match="expert_bias: is not zero in .* no balance bias"):
         save_pretrained(ours, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
@@ -223,4 +229,4 @@ def test_block_quantized_weights_are_dequantized(tmp_path):
     with pytest.raises(ConfigError, match="initial_load_in_hf_quantized = false: the weights"):
         open_folder(tmp_path, ours, "deepseek_v3", quantized=False)
     rewrite(tmp_path, lambda tensors: tensors.pop(f"{name}_scale_inv"))
-    assert f"the files lack {name}_scale_inv." in refused(tmp_path)
+    assert f"lacks {name}_scale_inv." in refused(tmp_path)
