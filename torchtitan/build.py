@@ -3,16 +3,18 @@
 from dataclasses import asdict
 
 import torch
-from torch import nn
 
 from torchtitan.config.batch_size import global_batch_size
+from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.loader import DataConfig, Loader, build_loader
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.apply import parallelize
 from torchtitan.distributed.fsdp import Precision, fill_parameters
-from torchtitan.distributed.mesh import Degrees
-from torchtitan.models.decoder import DecoderConfig
+from torchtitan.distributed.mesh import Degrees, Meshes
+from torchtitan.distributed.pipeline import Hidden, Pipeline, TiedWeight
+from torchtitan.model_parts import ModelParts
+from torchtitan.models.decoder import Decoder, DecoderConfig
 from torchtitan.models.init import draw, parameter_inits
 
 
@@ -22,12 +24,49 @@ def build_model(
     precision: Precision,
     config: JobConfig,
     device: torch.device,
-) -> nn.Module:
+) -> ModelParts:
     """The model spread over all ranks, with the initial weights of config.debug.seed."""
+    meshes = degrees.meshes(device.type)
+    whole = _on_meta(model_config)
+    num_parameters = sum(parameter.numel() for parameter in whole.parameters())
+    if degrees.pp == 1:
+        _spread(whole, degrees, meshes, precision, config, device)
+        return ModelParts([whole], None, None, num_parameters, device)
+    plan = PipelinePlan(config, model_config.n_layers)
+    group = meshes.dense["pp"].get_group()
+    parts = []
+    for stage in plan.stages_of(meshes.dense["pp"].get_local_rank()):
+        part = _on_meta(model_config)
+        part.keep(plan.modules[stage])
+        _spread(part, degrees, meshes, precision, config, device)
+        parts.append(part)
+    sequence_parts = degrees.tp if config.parallelism.enable_sequence_parallel else 1
+    hidden = Hidden(model_config.dim, precision.compute, sequence_parts)
+    tied = None
+    if model_config.enable_weight_tying:
+        ends = [part.tok_embeddings.weight for part in parts if part.tok_embeddings is not None]
+        tied = TiedWeight(plan, group, ends)
+    length = config.training.seq_len // degrees.cp
+    pipeline = Pipeline(plan, parts, group, hidden, length, device)
+    return ModelParts(parts, pipeline, tied, num_parameters, device)
+
+
+def _on_meta(model_config: DecoderConfig) -> Decoder:
     with torch.device("meta"):
-        model = model_config.build()
+        return model_config.build()
+
+
+def _spread(
+    model: Decoder,
+    degrees: Degrees,
+    meshes: Meshes,
+    precision: Precision,
+    config: JobConfig,
+    device: torch.device,
+) -> None:
+    """Spread a model or a stage of it over its ranks, and draw their parts of the weights."""
     inits = parameter_inits(model)
-    parallelize(model, degrees, device.type, precision, config)
+    parallelize(model, degrees, meshes, precision, config)
 
     def drawn(name: str, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor:
         return draw(name, shape, rows, inits[name], config.debug.seed, device)
@@ -36,7 +75,6 @@ def build_model(
     fill_parameters(model, storage, drawn)
     model.fill_buffers(device)
     model.set_global_batch(global_batch_size(config.training, degrees.dp))
-    return model
 
 
 def build_data(

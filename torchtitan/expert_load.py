@@ -3,24 +3,45 @@
 E experts, of all MoE layers alike.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from torchtitan.config.schema import Parallelism
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.model_parts import ModelParts
+from torchtitan.models.decoder import DecoderConfig
 
 
 class ExpertLoad:
     """Counts of tokens by layer and expert over the global batch; moves the balance biases.
 
-    `num_expert_ranks` is the expert-parallel degree, for the load of ranks.
+    All ranks know the counts of all layers, also of those in other stages of a pipeline.
     """
 
-    def __init__(self, model: nn.Module, num_expert_ranks: int):
+    def __init__(
+        self,
+        model: ModelParts,
+        config: DecoderConfig,
+        degrees: Degrees,
+        parallelism: Parallelism,
+    ):
+        self.names = [f"layers.{i}" for i in range(config.n_layers) if config.is_moe_layer(i)]
         self.layers = {
             name.removesuffix(".moe"): layer
             for name, layer in model.named_modules()
             if hasattr(layer, "tokens_per_expert")
         }
-        self.num_expert_ranks = num_expert_ranks
+        self.degrees = degrees
+        # Tensor-parallel ranks may have routed, and counted, the same tokens.
+        own_tokens = degrees.route_own_tokens(parallelism.enable_sequence_parallel)
+        self.copies = 1 if own_tokens else degrees.tp
+        if self.names:
+            moe = config.moe
+            self.balanced = moe.load_balance_coeff > 0
+            self.nothing = torch.zeros(moe.num_experts, dtype=torch.int64, device=model.device)
         self.counts: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -30,15 +51,16 @@ class ExpertLoad:
         Each bias goes by `load_balance_coeff` towards the mean load (arXiv 2408.15664): up where an
         expert had too few tokens, down where too many. One all-reduce, no wait for the device.
         """
-        if not self.layers:
+        if not self.names:
             return
-        layers = self.layers.values()
-        counts = torch.stack([layer.tokens_per_expert for layer in layers])
+        counts = torch.stack(
+            [self.layers[n].tokens_per_expert if n in self.layers else self.nothing for n in self.names]
+        )
         if dist.is_initialized():
             dist.all_reduce(counts)
-        # Some ranks have routed, and counted, the same tokens.
-        self.counts = counts // next(iter(layers)).load_copies
-        for layer, load in zip(layers, self.counts, strict=True):
+        self.counts = counts // self.copies
+        for name, layer in self.layers.items():
+            load = self.counts[self.names.index(name)]
             layer.tokens_per_expert.zero_()
             if layer.previous_load is not None:
                 layer.previous_load.copy_(load)
@@ -58,7 +80,7 @@ class ExpertLoad:
             return {}
         counts = self.counts.double()
         mean = counts.mean(1, keepdim=True).clamp(min=1e-9)
-        by_rank = counts.unflatten(1, (self.num_expert_ranks, -1)).mean(2)
+        by_rank = counts.unflatten(1, (self.degrees.ep, -1)).mean(2)
         share = counts / counts.sum(1, keepdim=True).clamp(min=1)
         columns = {
             "max_expert_load": (counts / mean).amax(1),
@@ -66,23 +88,25 @@ class ExpertLoad:
             "entropy": torch.special.entr(share).sum(1) / torch.tensor(counts.shape[1]).log(),
             "unused_experts": (counts == 0).sum(1),
         }
-        biases = [layer.expert_bias for layer in self.layers.values()]
-        if all(bias is not None for bias in biases):
-            columns["bias_norm"] = torch.stack(biases).norm(dim=1)
-        if self.num_expert_ranks > 1:
-            columns["received_mib"] = self._peak_received_bytes() / 2**20
+        if self.balanced:
+            columns["bias_norm"] = self._largest(lambda layer: layer.expert_bias.norm())
+        if self.degrees.ep > 1:
+            received = self._largest(lambda layer: layer.dispatcher.peak_received_bytes)
+            columns["received_mib"] = received / 2**20
+            for layer in self.layers.values():
+                layer.dispatcher.peak_received_bytes = 0
         table = torch.stack([column.double() for column in columns.values()], dim=1).tolist()
         return {
             f"moe/{layer}/{column}": value
-            for layer, row in zip(self.layers, table, strict=True)
+            for layer, row in zip(self.names, table, strict=True)
             for column, value in zip(columns, row, strict=True)
         }
 
-    def _peak_received_bytes(self) -> torch.Tensor:
-        """By layer, over all ranks; begins anew."""
-        dispatchers = [layer.dispatcher for layer in self.layers.values()]
-        peaks = self.counts.new_tensor([d.peak_received_bytes for d in dispatchers])
-        dist.all_reduce(peaks, dist.ReduceOp.MAX)
-        for dispatcher in dispatchers:
-            dispatcher.peak_received_bytes = 0
-        return peaks
+    def _largest(self, value: Callable[[nn.Module], torch.Tensor | int]) -> torch.Tensor:
+        """By layer, the largest on any rank; other stages of a pipeline know nothing of a layer."""
+        values = torch.zeros(len(self.names), dtype=torch.float64, device=self.nothing.device)
+        for name, layer in self.layers.items():
+            values[self.names.index(name)] = value(layer)
+        if dist.is_initialized():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values

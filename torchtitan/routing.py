@@ -5,7 +5,7 @@ backward: sums are gathers in a fixed order, never atomic additions.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -27,23 +27,27 @@ _DECISIONS: ContextVar[Decisions | None] = ContextVar("decisions", default=None)
 
 
 def decide_once(keep_rows: bool = False) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The contexts of a checkpointed forward and of its recomputation (`checkpoint`'s context_fn).
+    """The contexts of a checkpointed forward and of its recomputations (`checkpoint`'s context_fn).
 
     In the second, router logits, row counts and load are not computed again but repeated; with
     `keep_rows` so are received rows, which take more memory and save an exchange.
     """
     decisions = Decisions(keep_rows)
-    return _decide(decisions, repeat=False), _decide(decisions, repeat=True)
+    return _Deciding(decisions, repeat=False), _Deciding(decisions, repeat=True)
 
 
-@contextmanager
-def _decide(decisions: Decisions, repeat: bool) -> Iterator[None]:
-    decisions.repeated = iter(decisions.results) if repeat else None
-    token = _DECISIONS.set(decisions)
-    try:
-        yield
-    finally:
-        _DECISIONS.reset(token)
+class _Deciding(AbstractContextManager):
+    """Around a forward, or around each of its recomputations: a split backward has two."""
+
+    def __init__(self, decisions: Decisions, repeat: bool):
+        self.decisions, self.repeat = decisions, repeat
+
+    def __enter__(self) -> None:
+        self.decisions.repeated = iter(self.decisions.results) if self.repeat else None
+        self.token = _DECISIONS.set(self.decisions)
+
+    def __exit__(self, *exception: object) -> None:
+        _DECISIONS.reset(self.token)
 
 
 def once(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig
@@ -43,14 +42,13 @@ def describe(
     config: JobConfig,
     degrees: Degrees,
     precision: Precision,
-    model: nn.Module,
+    num_parameters: int,
     device: torch.device,
 ) -> Iterator[str]:
     """What is trained and on what, in a few lines; `config` has its seed and batch size settled."""
     if config.job.print_config:
         yield to_json(config)
     yield config.job.description
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     yield (
         f"{config.model.name} {config.model.flavor}: {num_parameters:,} parameters, "
         f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
@@ -58,8 +56,8 @@ def describe(
     )
     if rows := config.moe.max_rows_per_chunk:
         yield f"experts work on {rows} rows at a time: less memory, and slower"
-    names = ["dp_replicate", "dp_shard", *(["cp"] if degrees.cp > 1 else []), "tp"]
-    names += ["ep", "etp"] if degrees.ep > 1 else []
+    names = [*(["pp"] if degrees.pp > 1 else []), "dp_replicate", "dp_shard"]
+    names += [*(["cp"] if degrees.cp > 1 else []), "tp", *(["ep", "etp"] if degrees.ep > 1 else [])]
     axes = ", ".join(f"{axis} {getattr(degrees, axis)}" for axis in names)
     training = config.training
     yield (

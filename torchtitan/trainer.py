@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torchtitan.data.batch import Batch
 from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
 from torchtitan.distributed.context_parallel import sequence_part
-from torchtitan.distributed.fsdp import Precision, sync_gradients
+from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import clip_gradients, global_grad_norm
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
@@ -67,7 +68,7 @@ class Trainer:
         self.part = sequence_part(config.parallelism, setup.degrees, world.rank)
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
-        self.expert_load = ExpertLoad(self.model, setup.degrees.ep)
+        self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
         state = state_by_name(self.optimizer)
         self.checkpoints = CheckpointManager(
@@ -80,6 +81,7 @@ class Trainer:
         )
         if setup.checkpoint is not None:
             self.checkpoints.load(setup.checkpoint)
+            self.model.weights_changed()
         self.loader = self._build_loader(config.training, setup.global_batch_size)
         if "slots" in setup.progress:
             self.loader.load_state_dict(setup.progress["slots"])
@@ -150,12 +152,12 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch) -> None:
-        batch = batch.cut(self.part)
+        degrees, batch = self.setup.degrees, batch.cut(self.part)
         num_tokens = self._over_ranks(batch.num_valid_tokens)
-        loss = self._forward_backward(batch, num_tokens)
+        loss = self._forward_backward(batch, num_tokens) / degrees.tp
 
         self.watchdog.mark(self.step, "optimizer")
-        norm, loss = global_grad_norm(self.model.parameters(), loss / self.setup.degrees.tp)
+        norm, loss = global_grad_norm(self.model.parameters(), loss, degrees.stage_size)
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
@@ -165,6 +167,7 @@ class Trainer:
             clip_gradients(self.model.parameters(), max_norm, norm)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
+            self.model.weights_changed()
         self.optimizer.zero_grad()
         self.expert_load.finish_step(may_step)
 
@@ -184,23 +187,9 @@ class Trainer:
 
         Returns this rank's share of that loss, an fp32 scalar.
         """
+        rows, mark = range(len(batch.tokens)), partial(self.watchdog.mark, self.step)
         training = self.config.training
-        loss = torch.zeros((), device=self.device)
-        starts = range(0, len(batch.tokens), training.local_batch_size)
-        for start in starts:
-            rows = slice(start, start + training.local_batch_size)
-            is_last = start == starts[-1]
-            sync_gradients(self.model, is_last, training.sync_gradients_each_microbatch)
-            self.watchdog.mark(self.step, "forward")
-            tokens, labels = (
-                x[rows].to(self.device, non_blocking=True) for x in (batch.tokens, batch.labels)
-            )
-            documents = self.model.documents(batch.document_lengths[rows], self.device)
-            share = self.model(tokens, labels, documents) / max(num_tokens, 1)
-            self.watchdog.mark(self.step, "backward")
-            share.backward()
-            loss += share.detach()
-        return loss
+        return self.model.forward_backward(batch, rows, max(num_tokens, 1), training, mark)
 
     def _next_batch(self) -> Batch | None:
         """This rank's share of the next global batch; None when no rank has data left."""
@@ -219,7 +208,7 @@ class Trainer:
         totals = torch.tensor([count, bool(self.stop.reason)])
         dist.all_reduce(totals)
         self.stopping |= bool(totals[1])
-        return int(totals[0]) // self.setup.degrees.tp
+        return int(totals[0]) // self.setup.degrees.token_copies
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -233,8 +222,7 @@ class Trainer:
             return
         with self._pause("validation"):
             batches = self._validation_batches(validation.steps)
-            loss, num_tokens = validate(self.model, batches, self.device)
-            num_tokens //= self.setup.degrees.tp  # those ranks have counted the same tokens
+            loss, num_tokens = validate(self.model, batches, self.setup.degrees)
             self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
 
     def _validation_batches(self, num_batches: int) -> Iterator[Batch]:
@@ -313,7 +301,8 @@ class Trainer:
 
     def _describe(self) -> None:
         config = self.config
-        what = describe(config, self.setup.degrees, self.precision, self.model, self.device)
+        size = self.model.num_parameters
+        what = describe(config, self.setup.degrees, self.precision, size, self.device)
         schedule = (config.optimizer.lr, config.lr_scheduler, config.training.steps)
         for line in (*what, describe_optimizer(self.optimizer), describe_schedule(*schedule)):
             logger.info(line)

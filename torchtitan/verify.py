@@ -10,6 +10,7 @@ import logging
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torchtitan.config.manager import load_config
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.batch import Batch
 from torchtitan.distributed.context_parallel import sequence_part
-from torchtitan.distributed.fsdp import Precision, sync_gradients
+from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.mesh import Degrees
@@ -34,7 +35,6 @@ from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import init_logger
 from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
 from torchtitan.preflight import report
-from torchtitan.sequence_part import SequencePart
 from torchtitan.verify_case import Case, alone, settle
 from torchtitan.verify_routing import (
     Flips,
@@ -60,9 +60,9 @@ class RankResult:
     losses: list[float]
     norms: list[float]
     gradients: list[dict[str, torch.Tensor]]
-    """Whole gradients of each step, from rank 0 only."""
-    shards: dict[str, tuple[tuple[int, ...], bytes]]
-    """Which part of each weight the rank holds after the steps, and its bytes."""
+    """Whole gradients of each step, from the first rank of each pipeline stage only."""
+    shards: list[tuple[str, tuple[int, ...], bytes]]
+    """After the steps, of each weight: its name, which part the rank holds, and the part's bytes."""
     loads: list[torch.Tensor]
     """Of each step, tokens by MoE layer and expert over the global batch."""
     recorded: Recorded
@@ -141,65 +141,42 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
     degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
     precision = Precision(torch.float32, torch.float32, torch.float32)
     model = build_model(case.model_config, degrees, precision, config, CPU)
-    if sabotage is not None:
-        sabotage(model)
+    for part in model.parts if sabotage is not None else ():
+        sabotage(part)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     set_learning_rate(optimizer, config.optimizer.lr)
-    num_sequences = config.training.global_batch_size
-    recorder = Recorder(model, num_sequences) if recorded is None else None
-    sequence_parallel = config.parallelism.enable_sequence_parallel
-    part = sequence_part(config.parallelism, degrees, dist.get_rank())
-    replayer = Replayer(model, degrees, sequence_parallel, part, recorded or {})
-    expert_load = ExpertLoad(model, degrees.ep)
+    rank, training, parallelism = dist.get_rank(), config.training, config.parallelism
+    part = sequence_part(parallelism, degrees, rank)
+    recorder = Recorder(model, training.global_batch_size) if recorded is None else None
+    split = degrees.tp if degrees.route_own_tokens(parallelism.enable_sequence_parallel) else 1
+    replayer = Replayer(model, part, split, rank % split, recorded or {})
+    expert_load = ExpertLoad(model, case.model_config, degrees, parallelism)
     losses, norms, gradients, loads = [], [], [], []
-    with loss_layout(degrees.tp, config.parallelism):
-        for step in range(len(case.batches)):
-            loss = _forward_backward(model, case, degrees, part, step, replayer)
-            norm, loss = global_grad_norm(model.parameters(), loss / degrees.tp)
+    with loss_layout(degrees.tp, parallelism):
+        for step, whole in enumerate(case.batches):
+            batch, rows = whole.cut(part), degrees.slots(rank, len(whole.tokens))
+            with replayer.repeat(step):
+                loss = model.forward_backward(batch, rows, whole.num_valid_tokens, training)
+            loss = loss / degrees.tp
+            norm, loss = global_grad_norm(model.parameters(), loss, degrees.stage_size)
             losses.append(loss.item())
             norms.append(norm.item())
             gradients.append({name: _whole_gradient(p) for name, p in model.named_parameters()})
             optimizer.step()
+            model.weights_changed()
             optimizer.zero_grad()
             expert_load.finish_step(stepped=True)
             loads += [] if expert_load.counts is None else [expert_load.counts]
     return RankResult(
         losses,
         norms,
-        gradients if dist.get_rank() == 0 else [],
-        {name: _shard(p) for name, p in model.named_parameters()},
+        gradients if rank % degrees.stage_size == 0 else [],
+        [(name, *_shard(p)) for part in model.parts for name, p in part.named_parameters()],
         loads,
         {} if recorder is None else recorder.steps,
         replayer.seen,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
-
-
-def _forward_backward(
-    model: nn.Module,
-    case: Case,
-    degrees: Degrees,
-    part: SequencePart,
-    step: int,
-    replayer: Replayer,
-) -> torch.Tensor:
-    whole, rank = case.batches[step], dist.get_rank()
-    batch = whole.cut(part)
-    training = case.config.training
-    slots = degrees.slots(rank, len(batch.tokens))
-    starts = slots[:: training.local_batch_size]
-    loss = torch.zeros(())
-    for start in starts:
-        rows = slice(start, start + training.local_batch_size)
-        is_last = start == starts[-1]
-        sync_gradients(model, is_last, training.sync_gradients_each_microbatch)
-        documents = model.documents(batch.document_lengths[rows], CPU)
-        with replayer.repeat(step, rows, rank):
-            loss_sum = model(batch.tokens[rows], batch.labels[rows], documents)
-            share = loss_sum / whole.num_valid_tokens
-            share.backward()
-        loss += share.detach()
-    return loss
 
 
 def _whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -218,9 +195,15 @@ def _shard(parameter: nn.Parameter) -> tuple[tuple[int, ...], bytes]:
 
 def _rows(ranks: Sequence[RankResult], reference: RankResult) -> list[Row]:
     rows = []
+    parts: dict[tuple[str, tuple[int, ...]], set[bytes]] = defaultdict(set)
+    for name, place, content in (shard for rank in ranks for shard in rank.shards):
+        parts[name, place].add(content)
+    unequal = {name for (name, _), contents in parts.items() if len(contents) > 1}
+    by_stage = zip(*(rank.gradients for rank in ranks if rank.gradients), strict=True)
+    gradients = [{name: grad for part in step for name, grad in part.items()} for step in by_stage]
     for name in reference.gradients[0]:
         worst_error, worst_ratio = 0.0, 1.0
-        steps = zip(ranks[0].gradients, reference.gradients, reference.norms, strict=True)
+        steps = zip(gradients, reference.gradients, reference.norms, strict=True)
         for ours, theirs, global_norm in steps:
             expected = theirs[name].norm().item()
             scale = max(expected, 1e-8 * global_norm)
@@ -228,14 +211,8 @@ def _rows(ranks: Sequence[RankResult], reference: RankResult) -> list[Row]:
             ratio = ours[name].norm().item() / expected if expected else 1.0
             worst_error = max(worst_error, error)
             worst_ratio = max(worst_ratio, ratio, key=lambda value: abs(value - 1))
-        rows.append(Row(name, worst_error, worst_ratio, _replicas_equal(name, ranks)))
+        rows.append(Row(name, worst_error, worst_ratio, name not in unequal))
     return rows
-
-
-def _replicas_equal(name: str, ranks: Sequence[RankResult]) -> bool:
-    by_place: dict[tuple[int, ...], bytes] = {}
-    pairs = (rank.shards[name] for rank in ranks)
-    return all(by_place.setdefault(place, content) == content for place, content in pairs)
 
 
 def _deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, is_dataclass, replace
 
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
-from torchtitan.config.schema import JobConfig, Parallelism
+from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.schema import JobConfig, Parallelism, Training
 from torchtitan.config.sequence_cuts import length_unit
 from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
@@ -56,9 +57,13 @@ def settle(config: JobConfig, full: bool) -> Case:
     if not full:
         by_head = parallelism.context_parallel_method == "heads"
         small = model.shrunk(tp * cp if by_head else tp)
+        if parallelism.pipeline_parallel_degree > 1:
+            parallelism, small = _few_layers(config, model, parallelism, small)
         notes += _changes("model.", model, small, ("seq_len",))
         model = small
-    training = _batch(config, parallelism, world_size // (tp * cp), full, notes)
+    dp = world_size // (tp * cp * parallelism.pipeline_parallel_degree)
+    plan = PipelinePlan(replace(config, parallelism=parallelism), model.n_layers)
+    training = _batch(config, plan, dp, full, notes)
     new = replace(
         config,
         parallelism=parallelism,
@@ -99,37 +104,40 @@ def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int
         "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
         "context_parallel_degree": parallelism.context_parallel_degree,
         "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
         "expert_parallel_degree": parallelism.expert_parallel_degree,
         "expert_tensor_parallel_degree": parallelism.expert_tensor_parallel_degree,
     }
-    replicate, shard, cp, tp, ep, etp = wanted.values()
+    replicate, shard, cp, tp, pp, ep, etp = wanted.values()
     open_ended = shard == -1
     if open_ended:
         shard = 2
-    if replicate * shard * cp * tp > MAX_RANKS:
+    if replicate * shard * cp * tp * pp > MAX_RANKS:
         replicate = _smallest_divisor(replicate)
-    if replicate * shard * cp * tp > MAX_RANKS:
+    if replicate * shard * cp * tp * pp > MAX_RANKS:
         shard = _smallest_divisor(shard)
-    if replicate * shard * cp * tp > MAX_RANKS:
+    if replicate * shard * cp * tp * pp > MAX_RANKS:
         cp = _smallest_divisor(cp)
-    if replicate * shard * cp * tp > MAX_RANKS:
+    if replicate * shard * cp * tp * pp > MAX_RANKS:
         tp = _smallest_divisor(tp)
-    if replicate * shard * cp * tp > MAX_RANKS:
+    if replicate * shard * cp * tp * pp > MAX_RANKS and not parallelism.pipeline_parallel_schedule_csv:
+        pp = _smallest_divisor(pp)
+    if replicate * shard * cp * tp * pp > MAX_RANKS:
         shard = 1  # context-parallel ranks shard parameters too
     split = 1 if etp == 1 or ep == 1 else tp
     if open_ended:
-        most = MAX_RANKS // (replicate * cp * tp)
+        most = MAX_RANKS // (replicate * cp * tp * pp)
         legal = [n for n in range(2, most + 1) if n * cp * tp // split % ep == 0]
         shard = legal[0] if legal else shard
     ep = math.gcd(ep, shard * cp * tp // split)
-    degrees = (replicate, shard, cp, tp, ep, etp if ep == 1 else split)
+    degrees = (replicate, shard, cp, tp, pp, ep, etp if ep == 1 else split)
     settled = dict(zip(wanted, degrees, strict=True))
     notes += [
         f"parallelism.{axis}: {wanted[axis]} -> {settled[axis]}"
         for axis in wanted
         if wanted[axis] != settled[axis]
     ]
-    return replace(parallelism, **settled), replicate * shard * cp * tp
+    return replace(parallelism, **settled), replicate * shard * cp * tp * pp
 
 
 def _smallest_divisor(degree: int) -> int:
@@ -137,13 +145,47 @@ def _smallest_divisor(degree: int) -> int:
     return next((n for n in range(2, degree + 1) if degree % n == 0), 1)
 
 
-def _batch(config: JobConfig, parallelism: Parallelism, dp: int, full: bool, notes: list[str]):
+def _few_layers(
+    config: JobConfig, model: DecoderConfig, parallelism: Parallelism, small: DecoderConfig
+) -> tuple[Parallelism, DecoderConfig]:
+    """As many stages a rank as the config has, of a layer each, and one layer more where that fits."""
+    plan = PipelinePlan(config, model.n_layers)
+    stages = plan.num_stages // plan.num_ranks * parallelism.pipeline_parallel_degree
+    new = replace(
+        parallelism,
+        module_fqns_per_model_part=None,
+        pipeline_parallel_layers_per_stage=None,
+        pipeline_parallel_first_stage_less_layers=0,
+        pipeline_parallel_last_stage_less_layers=0,
+        pipeline_parallel_microbatch_size=min(parallelism.pipeline_parallel_microbatch_size, 2),
+    )
+    small = replace(small, n_layers=stages + 1)
+    if PipelinePlan(replace(config, parallelism=new), small.n_layers).num_stages != stages:
+        new = replace(new, pipeline_parallel_layers_per_stage=1)
+        small = replace(small, n_layers=stages)
+    return new, small
+
+
+def _local_batch(config: JobConfig, case: PipelinePlan) -> int:
+    """Two sequences; in a pipeline as many microbatches as the config has, or some more than stages."""
+    if case.num_ranks == 1:
+        return min(config.training.local_batch_size, 2)
+    size = config.parallelism.pipeline_parallel_microbatch_size
+    count, stages = config.training.local_batch_size // size, case.num_stages
+    counts = range(min(count, stages + 1), count + 3 * stages)
+    legal = (n for n in counts if case.schedule.takes(n, case.num_ranks, stages))
+    return next(legal) * case.parallelism.pipeline_parallel_microbatch_size
+
+
+def _batch(
+    config: JobConfig, case: PipelinePlan, dp: int, full: bool, notes: list[str]
+) -> Training:
     """Training settings of the case: two sequences a microbatch, at most two microbatches."""
-    training = config.training
+    training, parallelism = config.training, case.parallelism
     microbatches = 1
     if training.global_batch_size > training.local_batch_size:
         microbatches = MAX_MICROBATCHES
-    local = min(training.local_batch_size, 2)
+    local = _local_batch(config, case)
     seq_len = training.seq_len if full else min(training.seq_len, MAX_SEQ_LEN)
     seq_len -= seq_len % length_unit(parallelism)
     new = replace(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchtitan.distributed.mesh import Degrees
+from torchtitan.model_parts import ModelParts
 from torchtitan.sequence_part import SequencePart
 
 NEAR_TIE = 1e-4
@@ -69,7 +69,7 @@ Recorded = dict[str, list[Choices]]
 class Recorder:
     """Keeps the choices of a whole model on one process, a step being one forward."""
 
-    def __init__(self, model: nn.Module, num_sequences: int):
+    def __init__(self, model: ModelParts, num_sequences: int):
         self.steps: Recorded = {}
         self.num_sequences = num_sequences
         for name, module in model.named_modules():
@@ -90,37 +90,44 @@ class Recorder:
 
 
 class Replayer:
-    """Repeats recorded choices on one rank of a layout, and compares its own with them."""
+    """Repeats recorded choices on one rank of a layout, and compares its own with them.
+
+    The rank has `part` of every sequence, of which it routes piece `place` of `split`.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        degrees: Degrees,
-        sequence_parallel: bool,
-        part: SequencePart,
-        recorded: Recorded,
+        self, model: ModelParts, part: SequencePart, split: int, place: int, recorded: Recorded
     ):
-        self.routers = {name: model.get_submodule(name).router for name in recorded}
-        self.recorded = recorded
-        self.part = part
-        self.split = degrees.tp if degrees.route_own_tokens(sequence_parallel) else 1
+        self.recorded, self.part, self.split, self.place = recorded, part, split, place
+        self.step = 0
+        self.own: dict[tuple[str, int, int], list[torch.Tensor]] = {}
         self.seen = {name: Flips(0, 0, 0.0) for name in recorded}
+        if recorded:
+            model.entering = self._enter
 
     @contextmanager
-    def repeat(self, step: int, sequences: slice, rank: int) -> Iterator[None]:
-        """Around a microbatch's forward and backward, of these sequences of the global batch."""
-        parts = {}
-        for name, router in self.routers.items():
-            choices = self.recorded[name][step]
-            parts[name] = [self._own(x[sequences], rank) for x in (choices.ids, choices.scores)]
-            router.replay, router.record = parts[name][0], []
+    def repeat(self, step: int) -> Iterator[None]:
+        """Around forward and backward of a step."""
+        self.step = step
+        self.own.clear()
         yield
-        for name, router in self.routers.items():
-            self.seen[name] = self.seen[name].plus(_compare(router.record[0], *parts[name]))
+        for (name, start, stop), record in self.own.items():
+            choices, rows = self.recorded[name][step], slice(start, stop)
+            flips = _compare(record[0], self._own(choices.ids, rows), self._own(choices.scores, rows))
+            self.seen[name] = self.seen[name].plus(flips)
 
-    def _own(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
-        """Tensor-parallel ranks follow each other, each with a part of the rank's sequences or with all."""
-        return self.part.cut(whole).chunk(self.split, dim=1)[rank % self.split].flatten(0, 1)
+    def _enter(self, module: nn.Module, rows: slice) -> None:
+        """Have routers in `module` repeat what was chosen for these sequences of the global batch."""
+        for name, layer in module.named_modules():
+            if name in self.recorded:
+                key = name, rows.start, rows.stop
+                layer.router.replay = self._own(self.recorded[name][self.step].ids, rows)
+                # A recomputation enters again and chooses again, after the first.
+                layer.router.record = self.own.setdefault(key, [])
+
+    def _own(self, whole: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Of these sequences, what this rank routes."""
+        return self.part.cut(whole[rows]).chunk(self.split, dim=1)[self.place].flatten(0, 1)
 
 
 def _compare(own: torch.Tensor, theirs: torch.Tensor, scores: torch.Tensor) -> Flips:

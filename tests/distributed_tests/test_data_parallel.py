@@ -50,7 +50,8 @@ def global_batch():
 def build(model_config, config):
     degrees = Degrees.resolve(config.parallelism, dist.get_world_size())
     precision = Precision.resolve(config, CPU)
-    return degrees, build_model(model_config, degrees, precision, config, CPU)
+    [model] = build_model(model_config, degrees, precision, config, CPU).parts
+    return degrees, model
 
 
 def gradients(model_config, config, microbatches=1):
@@ -71,7 +72,7 @@ def gradients(model_config, config, microbatches=1):
             loss = model(inputs, targets, documents) / valid
             loss.backward()
             total += loss.detach()
-    norm, total = global_grad_norm(model.parameters(), total / degrees.tp)
+    norm, total = global_grad_norm(model.parameters(), total / degrees.tp, degrees.stage_size)
     named = list(model.named_parameters())
     weights = {name: whole(p) for name, p in named}
     return weights, {name: whole(p.grad) for name, p in named}, total.item(), norm.item()

@@ -32,14 +32,14 @@ BY_RANK = ("max_rank_load", "received_mib")
 def count(settings):
     """Statistics of the last step by what the routers chose in it."""
     trainer = build(settings, Trainer)
-    router = trainer.model.layers["1"].moe.router
+    router = trainer.model.parts[0].layers["1"].moe.router
     router.record = []
     trainer.run()
     tokens = settings["training.global_batch_size"] * settings["training.seq_len"]
     ids = torch.cat(router.record)[-tokens:]
     counts = ids.flatten().bincount(minlength=8).tolist()
     shares = [n / sum(counts) for n in counts if n]
-    bias = trainer.model.layers["1"].moe.expert_bias
+    bias = trainer.model.parts[0].layers["1"].moe.expert_bias
     return {
         "max_expert_load": max(counts) / (sum(counts) / 8),
         "max_rank_load": 1.0,

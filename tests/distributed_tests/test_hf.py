@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed_tests.test_data_parallel import build, job, whole
-from tests.distributed_tests.test_training import run
+from tests.distributed_tests.test_training import PP2, run
 from tests.unit_tests.checkpoint.hf_models import LLAMA3_ROPE, reference
 from tests.unit_tests.checkpoint.test_hf import ASSETS, assert_equal, contents
 from torchtitan.checkpoint import hf_export
@@ -81,7 +81,8 @@ def test_every_layout_reads_and_writes_the_same(folder, layout, tmp_path):
     assert_equal(load_pretrained(ours).state_dict(), expected.state_dict())
 
 
-def test_a_run_starts_and_ends_in_hugging_face_folders(tmp_path):
+@pytest.mark.parametrize("layout", [{}, PP2], ids=["fsdp2", "pp2"])
+def test_a_run_starts_and_ends_in_hugging_face_folders(layout, tmp_path):
     # The debug model in the sizes of COMMON.
     rope = LLAMA3_ROPE | {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
     sizes = {"vocab_size": 2048, "num_attention_heads": 2, "max_position_embeddings": 131072}
@@ -95,7 +96,7 @@ def test_a_run_starts_and_ends_in_hugging_face_folders(tmp_path):
         "checkpoint.last_save_in_hf": True,
         "checkpoint.export_dtype": "bfloat16",
     }
-    _, initial, final, _ = run(tmp_path / "run", world_size=2, **settings)
+    _, initial, final, _ = run(tmp_path / "run", world_size=2, **settings | layout)
     assert_equal(initial, weights(tmp_path / "theirs", torch.float32))
     last = tmp_path / "run" / "checkpoint" / "step-2"
     trained = AutoModelForCausalLM.from_pretrained(last)

@@ -79,10 +79,11 @@ def run(folder, world_size=1, **changes):
     """Train on `world_size` ranks: (records by step, initial and final weights, batch hashes)."""
     settings = COMMON | {"job.dump_folder": folder} | changes
     ranks = run_ranks(train, world_size, settings, timeout=120)
-    # Tensor- and context-parallel neighbours read the same.
-    readers = ranks[:: changes.get(TENSOR, 1) * changes.get(CONTEXT, 1)]
+    # Tensor- and context-parallel neighbours and the stages of a pipeline read the same.
+    stage_size = world_size // changes.get(PIPELINE, 1)
+    readers = ranks[: stage_size : changes.get(TENSOR, 1) * changes.get(CONTEXT, 1)]
     hashes = [batch_hash(*shares) for shares in zip(*(batches for *_, batches in readers), strict=True)]
-    initial, final, _ = ranks[0]
+    initial, final = ({n: w for rank in ranks for n, w in rank[i].items()} for i in (0, 1))
     return records(folder), initial, final, hashes
 
 
@@ -100,6 +101,10 @@ TENSOR = "parallelism.tensor_parallel_degree"
 CONTEXT = "parallelism.context_parallel_degree"
 HEADS = {"parallelism.context_parallel_method": "heads"}
 REPLICATE = "parallelism.data_parallel_replicate_degree"
+PIPELINE = "parallelism.pipeline_parallel_degree"
+SCHEDULE = "parallelism.pipeline_parallel_schedule"
+PP2 = {PIPELINE: 2, "training.local_batch_size": 6}
+ZBV = PP2 | {SCHEDULE: "ZBVZeroBubble", "training.local_batch_size": 3}
 LAYOUTS = {
     "fsdp2": (2, {}),
     "fsdp3": (3, {"training.local_batch_size": 4}),
@@ -112,6 +117,8 @@ LAYOUTS = {
     "cp2": (2, {CONTEXT: 2}),
     "fsdp2 x cp2, heads": (4, {CONTEXT: 2, **HEADS, "training.local_batch_size": 2}),
     "cp2 x tp2": (4, {CONTEXT: 2, TENSOR: 2}),
+    "pp2": (2, PP2),
+    "pp2 x fsdp2, v": (4, ZBV),
     "accumulate 4": (1, {"training.local_batch_size": 3}),
     "1 worker": (1, {"training.local_batch_size": 12, "training.dataloader.num_workers": 1}),
     "3 workers": (2, {"training.dataloader.num_workers": 3}),
@@ -171,6 +178,7 @@ RESUMED = {
         (6, 3, {"training.dataloader.num_workers": 2}),
     ],
     "tp2, fsdp2 x cp2, one process": [(2, 2, {TENSOR: 2}), (4, 4, {CONTEXT: 2}), (6, 1, {})],
+    "pp2, one process, pp2 x fsdp2": [(2, 2, PP2), (3, 1, {}), (6, 4, ZBV)],
 }
 
 
@@ -182,6 +190,16 @@ def test_resuming_on_another_layout_gives_the_same_curve(reference, tmp_path, na
     assert our_hashes == hashes
     for step, record in records(tmp_path).items():
         assert record["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6), step
+
+
+def test_a_tied_weight_moves_into_pipelines_and_out(tmp_path):
+    tied = {"model.overrides.enable_weight_tying": "true"}
+    expected, _, final, _ = run(tmp_path / "whole", **tied)
+    parts = [(2, 2, PP2), (3, 1, {}), (5, 2, ZBV), (6, 1, {})]
+    _, ours = stop_and_resume(tmp_path / "moved", parts, **tied, **{"checkpoint.interval": 1})
+    for step, record in records(tmp_path / "moved").items():
+        assert record["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6), step
+    assert ours.keys() == final.keys()
 
 
 class PoisonedTrainer(RecordingTrainer):
@@ -251,6 +269,8 @@ VALIDATION = {
 VALIDATED = {
     "fsdp2": (2, {"validation.local_batch_size": 6}),
     "fsdp3": (3, {"validation.local_batch_size": 4}),
+    "pp2": (2, PP2),
+    "pp2, v": (2, ZBV | {"parallelism.pipeline_parallel_microbatch_size": 3}),
     "tp2": (2, {TENSOR: 2}),
     "cp2": (2, {CONTEXT: 2}),
 }
@@ -260,7 +280,7 @@ VALIDATED = {
 def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(
     tmp_path, steps, layouts
 ):
-    settings = VALIDATION | {"validation.steps": steps, "model.overrides.n_layers": 1}
+    settings = VALIDATION | {"validation.steps": steps}
     expected, _, final, _ = run(tmp_path / "one", **settings)
     losses = {step: r["validation_loss"] for step, r in by_step(tmp_path / "one").items()}
     num_tokens = validated_tokens(tmp_path / "one")
@@ -271,7 +291,7 @@ def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(
         assert validated_tokens(tmp_path / name) == num_tokens
         for step, record in by_step(tmp_path / name).items():
             assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), (name, step)
-    *_, without, _ = run(tmp_path / "without", **{"model.overrides.n_layers": 1})
+    *_, without, _ = run(tmp_path / "without")
     assert all(torch.equal(final[key], weight) for key, weight in without.items())
 
 

@@ -21,6 +21,8 @@ SHARD1 = "--parallelism.data_parallel_shard_degree=1"
 CP2 = "--parallelism.context_parallel_degree=2"
 HEADS = "--parallelism.context_parallel_method=heads"
 NO_SP = "--parallelism.no_enable_sequence_parallel"
+PP2 = "--parallelism.pipeline_parallel_degree=2"
+V = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
 COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
 
 
@@ -34,6 +36,8 @@ COMMON = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2"]
         [TP2, SHARD1, "--compile.enable", "--activation_checkpoint.mode=memory_budget"],
         [CP2, SHARD1, "--model.flavor=debugmodel_varlen_attn", "--activation_checkpoint.mode=full"],
         [CP2, TP2, SHARD1, HEADS, "--model.flavor=debugmodel_flex_attn"],
+        [PP2, SHARD1, "--training.global_batch_size=64", "--model.overrides.enable_weight_tying=true"],
+        [PP2, V, "--model.overrides.enable_weight_tying=true"],
     ],
 )
 def test_right_layouts_pass(argv):
@@ -199,6 +203,13 @@ def test_routing_and_load_are_those_of_one_process(argv):
     assert result.passed, result
     (layer,) = result.routing  # the other one is dense
     assert layer.choices and not layer.flips
+
+
+def test_routing_in_a_pipeline_is_that_of_one_process():
+    argv = ["--model.overrides.n_layers=4", "--training.global_batch_size=64", PP2, V, *MOE]
+    result = verify(load_config([*COMMON, *argv, SHARD1, "--activation_checkpoint.mode=full"]))
+    assert result.passed, result
+    assert len(result.routing) == 4 and all(layer.choices for layer in result.routing)
 
 
 @pytest.mark.parametrize("sabotage", [favour_an_expert, count_twice])

@@ -50,7 +50,7 @@ CASES = {
         ["--parallelism.tensor_parallel_degree=4", "--model.overrides.n_heads=2", "--model.overrides.n_kv_heads=2"],
         "does not divide 2 (heads)",
     ),
-    "not built": (["--parallelism.pipeline_parallel_degree=2"], "not built"),
+    "not built": (["--fault_tolerance.enable"], "not built"),
     "pattern of nothing": (["--optimizer.no_decay=*nrom*"], "matches no parameter"),
     "missing import": (["--experimental.custom_import=no_such_module"], "custom_import"),
     "unknown compiler": (["--compile.enable", "--compile.backend=indcutor"], 'Did you mean "inductor"?'),

@@ -30,21 +30,6 @@ class NotBuilt:
 
 NOT_BUILT = (
     NotBuilt(
-        "pipeline parallelism",
-        PLANNED,
-        ("parallelism.pipeline_parallel_degree",),
-        (
-            "parallelism.module_fqns_per_model_part",
-            "parallelism.pipeline_parallel_first_stage_less_layers",
-            "parallelism.pipeline_parallel_last_stage_less_layers",
-            "parallelism.pipeline_parallel_layers_per_stage",
-            "parallelism.pipeline_parallel_schedule",
-            "parallelism.pipeline_parallel_schedule_csv",
-            "parallelism.pipeline_parallel_microbatch_size",
-            "parallelism.pipeline_parallel_expert_parallel_overlap",
-        ),
-    ),
-    NotBuilt(
         "balancing by what a mask makes of each block of queries",
         OUT_OF_SCOPE,
         ("parallelism.context_parallel_load_balancer",),

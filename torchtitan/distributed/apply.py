@@ -14,17 +14,16 @@ from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel, sequence_part
 from torchtitan.distributed.expert_parallel.apply import apply_expert_parallel
 from torchtitan.distributed.fsdp import Precision, apply_fsdp
-from torchtitan.distributed.mesh import Degrees
+from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.plan import match
 from torchtitan.distributed.styles import apply_styles
 from torchtitan.sharding import Style
 
 
 def parallelize(
-    model: nn.Module, degrees: Degrees, device_type: str, precision: Precision, config: JobConfig
+    model: nn.Module, degrees: Degrees, meshes: Meshes, precision: Precision, config: JobConfig
 ) -> None:
-    """Split, checkpoint, compile and shard a model on the meta device, in place."""
-    meshes = degrees.meshes(device_type)
+    """Split, checkpoint, compile and shard a model, or a stage of it, on the meta device, in place."""
     plan = model.parallel_plan()
     styles = match(plan, model)
     model.to(precision.store)

@@ -24,7 +24,7 @@ def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile) 
             whole = not any(layer.startswith(f"layers.{name}.") for layer in exchanging)
             # Not block.compile(): that would put the hooks FSDP adds later inside the graph.
             block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=whole)
-    if "loss" in config.components:
+    if "loss" in config.components and model.output is not None:
         model.output.loss = torch.compile(
             model.output.loss, backend=config.backend, fullgraph=True
         )

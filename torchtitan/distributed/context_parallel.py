@@ -39,7 +39,11 @@ def apply_context_parallel(
     `mesh` has the ranks of one sequence. Modules that compute attention have a `core` that does it, all
     of them the same.
     """
+    model.sequence_part = part
+    model.query_part = WHOLE if config.context_parallel_method == "heads" else part
     attentions = [module for module in model.modules() if hasattr(module, "core")]
+    if not attentions:  # a stage of a pipeline without layers
+        return
     (attend,) = {attention.core for attention in attentions}
     group = register_group(mesh.get_group())
     if config.context_parallel_method == "heads":
@@ -49,8 +53,6 @@ def apply_context_parallel(
         core = KeyExchange(attend, part, group, to_all)
     for attention in attentions:
         attention.core = core  # the same object: compiled blocks share their graph
-    model.sequence_part = part
-    model.query_part = WHOLE if config.context_parallel_method == "heads" else part
 
 
 @dataclass(frozen=True)

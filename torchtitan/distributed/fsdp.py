@@ -63,10 +63,12 @@ def apply_fsdp(
 
     `experts` are the modules that hold experts; where these are spread over ranks of their own, they
     are sharded by themselves. `reshard` is parallelism.fsdp_reshard_after_forward; by default all but
-    the last unit, which backward needs at once, free their gathered weights after forward.
+    the last unit, which backward needs at once, free their gathered weights after forward. Stages of
+    a pipeline keep them: the next microbatch needs them, and a backward that is split loses gradients.
     """
     dense = meshes.dense
-    if dense.size() == 1 and precision.compute == precision.store and not offload:
+    pipelined = dense["pp"].size() > 1
+    if dense.size() == dense["pp"].size() and precision.compute == precision.store and not offload:
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
@@ -79,7 +81,8 @@ def apply_fsdp(
     weights = {id(w) for name in experts for w in model.get_submodule(name).parameters()}
     placement = partial(_expert_placement, weights, of_experts.size(-1))
     for unit in units:
-        frees = reshard == "always" or (reshard == "default" and unit is not units[-1])
+        frees = reshard == "always"
+        frees |= reshard == "default" and not pipelined and unit is not units[-1]
         if of_experts is not mesh:
             for name in _inside(unit, experts):
                 module = model.get_submodule(name)

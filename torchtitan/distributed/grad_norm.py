@@ -13,25 +13,25 @@ from torchtitan.distributed.mesh import by_mesh
 
 
 def global_grad_norm(
-    parameters: Iterable[nn.Parameter], loss: torch.Tensor
+    parameters: Iterable[nn.Parameter], loss: torch.Tensor, stage_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L2 norm of the whole model's gradient, and the sum of all ranks' shares of the loss.
 
     fp64 scalars on the device of `loss`, the same bits on every rank. Each rank adds the squares of
-    what it holds, divided by how many ranks hold the same, and one all-reduce over the world sums
-    them together with the loss. A rank without any gradient takes part with zero.
+    what it holds, divided by how many of the `stage_size` ranks of its pipeline stage hold the same,
+    and one all-reduce over the world sums them together with the loss. A rank without any gradient
+    takes part with zero.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
     by_copies: dict[int, list[torch.Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
             local, shards = _local(parameter.grad)
-            by_copies[world_size // shards].append(local)
+            by_copies[stage_size // shards].append(local)
     squares = torch.zeros((), dtype=torch.float64, device=loss.device)
     for copies, grads in by_copies.items():
         squares += torch.stack([_norm(grad) for grad in grads]).to(squares).square().sum() / copies
     totals = torch.stack([squares, loss.to(squares)])
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_reduce(totals)
     return totals[0].sqrt(), totals[1]
 

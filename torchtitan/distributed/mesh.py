@@ -16,6 +16,7 @@ T = TypeVar("T")
 _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
 _CONTEXT = "parallelism.context_parallel_degree"
+_PIPELINE = "parallelism.pipeline_parallel_degree"
 _TENSOR = "parallelism.tensor_parallel_degree"
 _EXPERT = "parallelism.expert_parallel_degree"
 
@@ -25,18 +26,18 @@ class Meshes:
     """The same ranks, seen from the dense layers and from the experts."""
 
     dense: DeviceMesh
-    """Axes dp_replicate, fsdp, tp; fsdp is dp_shard * cp, as both shard parameters."""
+    """Axes pp, dp_replicate, fsdp, tp; fsdp is dp_shard * cp, as both shard parameters."""
     experts: DeviceMesh | None
-    """Axes dp_replicate, efsdp, ep, etp; None where experts live on the dense mesh (ep = 1)."""
+    """Axes pp, dp_replicate, efsdp, ep, etp; None where experts live on the dense mesh (ep = 1)."""
     cp: DeviceMesh | None
     """The one axis cp: ranks that share sequences; None where each has whole ones."""
 
 
 @dataclass(frozen=True)
 class Degrees:
-    """Ranks along each mesh axis; dp_replicate * dp_shard * cp * tp is the world size.
+    """Ranks along each mesh axis; pp * dp_replicate * dp_shard * cp * tp is the world size.
 
-    Experts regroup the ranks of one replica: ep * etp of them hold a layer's experts once.
+    Experts regroup the ranks of one replica of a stage: ep * etp of them hold a layer's experts once.
     """
 
     dp_replicate: int
@@ -46,11 +47,22 @@ class Degrees:
     etp: int = 1
     """Ranks that each expert is split over; the tensor-parallel degree where ep = 1."""
     cp: int = 1
+    pp: int = 1
 
     @property
     def dp(self) -> int:
         """Ranks that read different data."""
         return self.dp_replicate * self.dp_shard
+
+    @property
+    def token_copies(self) -> int:
+        """Ranks that are given the same tokens."""
+        return self.pp * self.tp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage: consecutive ones."""
+        return self.dp * self.cp * self.tp
 
     @classmethod
     def resolve(cls, config: Parallelism, world_size: int) -> "Degrees":
@@ -60,16 +72,19 @@ class Degrees:
         """
         replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
         tp, cp = config.tensor_parallel_degree, config.context_parallel_degree
+        pp = config.pipeline_parallel_degree
+        inner = ((_PIPELINE, pp), (_TENSOR, tp), (_CONTEXT, cp))
         left = world_size
-        for setting, degree in ((_TENSOR, tp), (_CONTEXT, cp), (_REPLICATE, replicate)):
+        for setting, degree in (*inner, (_REPLICATE, replicate)):
             if left % degree:
                 raise ConfigError([_not_a_divisor(setting, degree, left)])
             left //= degree
         if shard not in (-1, left):
-            inner = f"{cp} context-parallel times {tp}" if cp > 1 else f"{tp}"
+            split = f"{cp} context-parallel times {tp}" if cp > 1 else f"{tp}"
+            stages = f"{pp} pipeline ranks times " if pp > 1 else ""
             reason = (
-                f"{replicate} replicas of {shard} shards of {inner} tensor-parallel ranks do not make "
-                f"{world_size} ranks."
+                f"{stages}{replicate} replicas of {shard} shards of {split} tensor-parallel ranks do "
+                f"not make {world_size} ranks."
             )
             raise ConfigError([Fault(_SHARD, reason, f"Use {left}, or -1.", value=shard)])
         ep = config.expert_parallel_degree
@@ -77,12 +92,12 @@ class Degrees:
         places = left * cp * tp // etp
         if places % ep:
             raise ConfigError([_not_a_divisor(_EXPERT, ep, places)])
-        return cls(replicate, left, tp, ep, etp, cp)
+        return cls(replicate, left, tp, ep, etp, cp, pp)
 
     def slots(self, rank: int, num_slots: int) -> range:
-        """Which of the global batch's sequences a rank serves; those of a cp or tp group share theirs."""
+        """Which of the global batch's sequences a rank serves; pp, cp and tp neighbours share them."""
         share = num_slots // self.dp
-        first = rank // (self.cp * self.tp) * share
+        first = rank % self.stage_size // (self.cp * self.tp) * share
         return range(first, first + share)
 
     def route_own_tokens(self, sequence_parallel: bool) -> bool:
@@ -94,24 +109,24 @@ class Degrees:
         return sequence_parallel and self.ep > 1 and self.etp == 1
 
     def meshes(self, device_type: str) -> Meshes:
-        """The ranks as DeviceMeshes; neighbouring ranks share tp, then cp, or ep."""
+        """The ranks as DeviceMeshes; neighbouring ranks share tp, then cp, or ep; pp comes last."""
         fsdp = self.dp_shard * self.cp
         dense = init_device_mesh(
             device_type,
-            (self.dp_replicate, fsdp, self.tp),
-            mesh_dim_names=("dp_replicate", "fsdp", "tp"),
+            (self.pp, self.dp_replicate, fsdp, self.tp),
+            mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
         )
         cp = None
         if self.cp > 1:
-            shape = (self.dp, self.cp, self.tp)
+            shape = (self.pp * self.dp, self.cp, self.tp)
             cp = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "cp", "tp"))["cp"]
         if self.ep == 1:
             return Meshes(dense, None, cp)
         efsdp = fsdp * self.tp // (self.ep * self.etp)
         experts = init_device_mesh(
             device_type,
-            (self.dp_replicate, efsdp, self.ep, self.etp),
-            mesh_dim_names=("dp_replicate", "efsdp", "ep", "etp"),
+            (self.pp, self.dp_replicate, efsdp, self.ep, self.etp),
+            mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep", "etp"),
         )
         return Meshes(dense, experts, cp)
 

@@ -3,7 +3,7 @@
 B batch, L sequence, D model, V vocabulary, C head_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.pipeline_faults import pipeline_faults
 from torchtitan.config.schema import JobConfig
 from torchtitan.models.attention import Attention
 from torchtitan.models.attention_mask import AttentionMask, Documents, Pattern
@@ -100,6 +101,7 @@ class DecoderConfig:
             ),
             *context_parallel_faults(config, self._heads()),
             *length_faults(config, self.max_seq_len),
+            *pipeline_faults(config, self.n_layers),
         ]
         if self.n_moe_layers:
             faults += [*routing_faults(self.moe), *expert_parallel_faults(config, self.moe)]
@@ -300,8 +302,18 @@ def _output_init(dim: int) -> Init:
     return Normal(dim**-0.5, cutoff=3)  # logits of a normalised state start with variance 1
 
 
+TIED_WEIGHT = "tok_embeddings.weight"
+"""The one weight of both ends, where there is one."""
+
+_END_RULES = {
+    "tok_embeddings": Rule("tok_embeddings", Style.EMBEDDING),
+    "norm": Rule("norm", Style.SEQUENCE),
+    "output": Rule("output", Style.HEAD),
+}
+
+
 class Decoder(nn.Module):
-    """Token ids to logits, or with labels to the summed loss."""
+    """Token ids to logits, or with labels to the summed loss; or a stage of a pipeline doing that."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -321,6 +333,17 @@ class Decoder(nn.Module):
             "tok_embeddings.weight": _output_init(config.dim) if tied else Normal(1.0),
             "norm.weight": Constant(1.0),
         }
+
+    def keep(self, modules: Collection[str]) -> None:
+        """Become the stage of a pipeline that has these modules: tok_embeddings, layers.N, norm, output.
+
+        What stays keeps its name. A tied weight stays with both of its uses.
+        """
+        tied = self.config.enable_weight_tying and "output" in modules
+        for name in ("tok_embeddings", "norm", "output"):
+            if name not in modules and not (tied and name == "tok_embeddings"):
+                setattr(self, name, None)
+        self.layers = nn.ModuleDict({n: x for n, x in self.layers.items() if f"layers.{n}" in modules})
 
     def fill_buffers(self, device: torch.device) -> None:
         """Compute the buffers, after the model has left the meta device."""
@@ -344,16 +367,15 @@ class Decoder(nn.Module):
         blocks = dict.fromkeys(
             rule for block in self.layers.values() for rule in block.parallel_rules("layers.*")
         )
-        rules = (
-            Rule("tok_embeddings", Style.EMBEDDING),
-            *blocks,
-            Rule("norm", Style.SEQUENCE),
-            Rule("output", Style.HEAD),
-        )
+        first, last = self._present("tok_embeddings"), self._present("norm", "output")
+        rules = (*(_END_RULES[name] for name in first), *blocks, *(_END_RULES[name] for name in last))
         units = tuple((f"layers.{name}",) for name in self.layers)
         if not self.config.enable_weight_tying:
-            units = (("tok_embeddings",), *units, ("norm", "output"))
+            units = tuple(unit for unit in (first, *units, last) if unit)
         return ParallelPlan(rules, units)
+
+    def _present(self, *names: str) -> tuple[str, ...]:
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def documents(self, lengths: list[list[int]], device: torch.device) -> Documents | None:
         """What `forward` must know of a batch's documents, given the lengths of whole sequences.
@@ -379,10 +401,13 @@ class Decoder(nn.Module):
         tokens: torch.Tensor,
         labels: torch.Tensor | None = None,
         documents: Documents | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """tokens, labels (B, L) int64 -> logits (B, L, V), or the summed loss where labels are given.
 
         The sum is over labels other than -100, fp32, a scalar. Without documents each sequence is one.
+        A stage of a pipeline takes the `hidden` states (B, L, D) of the one before, and all but the
+        last return their own.
         """
         if documents is None and (self.patterns, self.sequence_part) != ({Pattern()}, WHOLE):
             length = tokens.shape[1] * self.sequence_part.num_ranks
@@ -391,8 +416,11 @@ class Decoder(nn.Module):
             rope, masks = self.rope[None, : tokens.shape[1]], {Pattern(): None}
         else:
             rope, masks = self.rope[documents.positions], documents.masks
-        x = self.tok_embeddings(tokens)  # (B, L, D)
+        x = self.tok_embeddings(tokens) if hidden is None else hidden  # (B, L, D)
         for layer in self.layers.values():
             x = layer(x, rope, masks[layer.pattern])
+        x = x if self.norm is None else self.norm(x)
+        if self.output is None:
+            return x
         tied = self.tok_embeddings.weight if self.config.enable_weight_tying else None
-        return self.output(self.norm(x), labels, tied)
+        return self.output(x, labels, tied)

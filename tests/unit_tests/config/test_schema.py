@@ -99,11 +99,12 @@ def class_of(section: str) -> str:
     return type(config).__name__
 
 
+READERS_IN_CONFIG = ("manager.py", "pipeline.py", "pipeline_faults.py", "sequence_cuts.py")
+"""Files of config that do what keys say; the others only know them."""
 SOURCES = [
     read(path)
     for path in sorted(PACKAGE.rglob("*.py"))
-    if "config" not in path.relative_to(PACKAGE).parts[:1]
-    or path.name in ("manager.py", "sequence_cuts.py")
+    if "config" not in path.relative_to(PACKAGE).parts[:1] or path.name in READERS_IN_CONFIG
 ]
 UNBUILT = tuple(key for row in NOT_BUILT for key in (*row.switches, *row.settings))
 PARTLY_BUILT = {key for row in NOT_BUILT if row.refused for key in row.switches}
