@@ -59,15 +59,22 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["causal", "block_causal"])
-def reference(request):
-    config = tiny(n_heads=8, n_kv_heads=4, dim=48, attn_mask_type=request.param)
-    return config, run_ranks(gradients, 1, config, job())[0]
+WITHOUT_DOCUMENTS = ("cp2", "cp2, alltoall, plain", "cp4, heads", "cp2 x tp2", "cp2, compile")
+"""Layouts that are tried with attention to the whole sequence too."""
+CASES = [("block_causal", name) for name in LAYOUTS]
+CASES += [("causal", name) for name in WITHOUT_DOCUMENTS]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_gradients_equal_one_process(reference, name):
-    assert_equals_one_process(reference, LAYOUTS[name])
+@pytest.fixture(scope="module")
+def references():
+    shape = tiny(n_heads=8, n_kv_heads=4, dim=48)
+    configs = [replace(shape, attn_mask_type=kind) for kind in ("causal", "block_causal")]
+    return {c.attn_mask_type: (c, run_ranks(gradients, 1, c, job())[0]) for c in configs}
+
+
+@pytest.mark.parametrize(("mask_type", "name"), CASES)
+def test_gradients_equal_one_process(references, mask_type, name):
+    assert_equals_one_process(references[mask_type], LAYOUTS[name])
 
 
 EXCHANGES = {

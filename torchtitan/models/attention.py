@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
@@ -71,11 +71,8 @@ def _attend_by_span(q, k, v, mask: SpanMasks, scale: float | None, sinks) -> tor
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
-    causal = mask is None and q.shape[2] == k.shape[2]
-    if mask is None and not causal:
-        mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
 
 
@@ -92,7 +89,9 @@ def _attend_dense_with_sinks(q, k, v, mask, scale: float | None, sinks) -> torch
     q = F.pad(torch.cat([q, channel], dim=-1), (0, more - 1, 1, 0))
     k, v = (F.pad(x, (0, more, 1, 0)) for x in (k, v))
     k[..., 0, channels] = 1
-    if mask is not None:
+    if isinstance(mask, CausalBias):
+        mask = causal_lower_right(mask.seq_len_q + 1, mask.seq_len_kv + 1)
+    elif mask is not None:
         mask = F.pad(mask, (1, 0, 1, 0), value=True)
     return _attend_dense(q, k, v, mask, scale)[..., 1:, :channels]
 

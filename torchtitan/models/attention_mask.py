@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from torchtitan.sequence_part import WHOLE, SequencePart
@@ -70,7 +71,7 @@ class SpanMasks:
 
 
 AttentionMask = BlockMask | VarlenMask | SpanMasks | torch.Tensor | None
-"""None is causal; the last query sees the last key."""
+"""None is causal over a whole sequence."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _causal_mask(spans: list[range], device: torch.device) -> AttentionMask:
             return None
         places = _places(spans, device)
         return (places[:, None] >= torch.arange(spans[-1].stop, device=device))[None, None]
-    return _of_spans(spans, [None] * len(spans))
+    # Made here: inside a compiled block (torch 2.11 and 2.13) they cannot be.
+    biases = [causal_lower_right(len(s), s.stop) if s.start else None for s in spans]
+    return _of_spans(spans, biases)
 
 
 def _of_spans(spans: list[range], masks: Sequence[AttentionMask]) -> AttentionMask:

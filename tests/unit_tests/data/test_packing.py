@@ -13,6 +13,7 @@ from tests.unit_tests.data.helpers import (
     write_numbered,
 )
 from torchtitan.data.batch import IGNORE_INDEX
+from torchtitan.data.files import write_tokens
 from torchtitan.data.loader import DataConfig
 from torchtitan.data.permutation import mix, permute
 from torchtitan.data.source import DataError
@@ -62,6 +63,25 @@ def test_pieces_are_the_documents_parts(tmp_path):
             for piece, following in zip(tokens.split(lengths), labels.split(lengths)):
                 if piece[0]:  # not padding
                     assert (piece.diff() == 1).all() and (following[:-1] == piece[1:]).all()
+
+
+def test_what_tokens_are_called_moves_no_boundary(tmp_path):
+    """Ends of text inside documents, also where they are the padding, and an id 0 that is content."""
+    lengths = [7, 1, 12, 5, 30, 9]
+    plain = write_numbered(tmp_path / "plain.bin", lengths)
+    special = (0, TOKENIZER.eos_id, TOKENIZER.bos_id)
+    odd = [[special[token % 3] for token in document] for document in plain]
+    write_tokens(tmp_path / "odd.bin", odd, TOKENIZER.vocab_size)
+    ours, theirs = (
+        until_exhausted(
+            loaders(DataConfig(str(tmp_path / name), num_slots=2, seq_len=16, seed=3, repeat=False))[0]
+        )
+        for name in ("odd.bin", "plain.bin")
+    )
+    for batch, expected in zip(ours, theirs, strict=True):
+        assert batch.document_lengths == expected.document_lengths
+        assert batch.num_valid_tokens == expected.num_valid_tokens
+        assert torch.equal(batch.labels == IGNORE_INDEX, expected.labels == IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

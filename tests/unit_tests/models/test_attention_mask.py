@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from torchtitan.models.attention_mask import Documents, Pattern, SpanMasks, _varlen_mask
+from torchtitan.models.attention import attend
+from torchtitan.models.attention_mask import (
+    Documents,
+    Pattern,
+    SpanMasks,
+    _causal_mask,
+    _varlen_mask,
+)
 from torchtitan.sequence_part import SequencePart
 
 CPU = torch.device("cpu")
@@ -59,6 +66,27 @@ def test_masks_of_a_part_are_rows_of_the_whole_mask_up_to_the_last_query(part):
 def test_how_much_is_seen(pattern, length):
     pairs = sum(sees([length], pattern, q, k) for q in range(length) for k in range(length))
     assert pattern.mean_seen(length) == pytest.approx(pairs / length - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("with_sinks", "compiled"), [(False, False), (False, True), (True, False)]
+)
+def test_what_gpus_are_given_for_causal_parts_says_the_same(with_sinks, compiled):
+    """CPUs take the same biases, at the cost of a dense mask each.
+
+    With sinks they cannot be compiled; but families with sinks have windows, which bring other masks.
+    """
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 16, heads, 8) for heads in (4, 2, 2))
+    sinks = torch.randn(4) if with_sinks else None
+    function = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
+    whole = attend(q, k, v, None, None, sinks)
+    for part in PARTS:
+        end = part.spans(16)[-1].stop
+        masks = [_causal_mask(part.spans(16), device) for device in (CPU, torch.device("cuda"))]
+        for mask in masks:
+            ours = function(part.cut(q), k[:, :end], v[:, :end], mask, None, sinks)
+            assert torch.allclose(ours, part.cut(whole), atol=1e-6)
 
 
 def test_chunks_and_windows_of_the_varlen_kernel():
