@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             done = Trainer(setup, world, device, watchdog, stop).run()
             status = 0 if done else EXIT_START_AGAIN
-        destroy_process_group()
+    # Not within: without an agent, watchdogs speak through a store of rank 0, which ends after this.
+    destroy_process_group()
     return status
 
 

@@ -1,16 +1,28 @@
-"""Does every layout, started as a user starts it, draw the loss curve of one process?"""
+"""Does every layout and option, run as a user runs it, draw the loss curve of one process?"""
+
+from pathlib import Path
 
 import pytest
 
-from tests.integration_tests.cases import CASES, REFERENCE
-from tests.integration_tests.run_tests import assert_same_curve, run_case
+from tests.integration_tests.cases import MODELS, SUITES
+from tests.integration_tests.run_tests import assert_same_curve, reference, run_case
+
+CASES = [case for cases in SUITES.values() for case in cases]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> list[float]:
-    return run_case(REFERENCE, tmp_path_factory.mktemp("reference"))
+@pytest.fixture(scope="session")
+def references(tmp_path_factory) -> Path:
+    """A folder for the runs of one process: one a model."""
+    return tmp_path_factory.mktemp("references")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.test_name)
-def test_case(case, reference, tmp_path):
-    assert_same_curve(run_case(case, tmp_path), reference)
+def test_case(case, references, tmp_path):
+    assert_same_curve(run_case(case, tmp_path), reference(case.model, references))
+
+
+def test_suites_are_whole():
+    names = [case.test_name for case in CASES]
+    assert len(names) == len(set(names)) >= 60
+    assert {case.model for case in CASES} == set(MODELS)
+    assert sum(case.launched for case in CASES) >= 6

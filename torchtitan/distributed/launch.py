@@ -190,9 +190,10 @@ def _rank_main(assignment: _Assignment, pipe: Connection) -> None:
                 timeout=timedelta(seconds=2 * assignment.timeout),  # the parent's clock decides
             )
             result = pickle.dumps(fn(*args))
-            # A rank that closes its connections early breaks the last collective of a slower one.
-            dist.barrier()
-            dist.destroy_process_group()
+            if dist.is_initialized():  # else `fn` has left it by itself
+                # A rank that closes its connections early breaks the last collective of a slower one.
+                dist.barrier()
+                dist.destroy_process_group()
             pipe.send((True, result, time.monotonic()))
         except BaseException:  # noqa: BLE001 - reported and raised by the parent
             pipe.send((False, traceback.format_exc(), time.monotonic()))
