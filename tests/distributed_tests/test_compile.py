@@ -17,6 +17,7 @@ from tests.distributed_tests.test_data_parallel import (
     whole,
 )
 from torchtitan.config.schema import Compile
+from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.models.moe.config import MoEConfig
@@ -25,7 +26,8 @@ from torchtitan.models.moe.config import MoEConfig
 def graphs(config, n_layers):
     """How many graphs the compiler makes for a model, recompilations included, over two steps."""
     degrees, model = build(tiny(n_layers=n_layers, n_heads=2, n_kv_heads=2), config)
-    tokens, labels = global_batch()
+    part = sequence_part(config.parallelism, degrees, dist.get_rank())
+    tokens, labels = (part.cut(x) for x in global_batch())
     with loss_layout(degrees.tp, config.parallelism):
         for _ in range(2):
             model(tokens, labels).backward()
@@ -36,6 +38,7 @@ def graphs(config, n_layers):
 COMPILED = {
     "fsdp2": (2, job(compiled=True)),
     "tp2": (2, job(compiled=True, tp={"tensor_parallel_degree": 2})),
+    "cp2": (2, job(compiled=True, tp={"context_parallel_degree": 2})),
     "full ac": (1, job(compiled=True, ac="full")),
     "by-op ac": (1, job(compiled=True, ac="selective", selective_ac_option="op")),
 }

@@ -8,7 +8,7 @@ from tests.distributed_tests.test_context_parallel import BY_OP, EXCHANGED, FULL
 from tests.distributed_tests.test_data_parallel import SEQUENCES, assert_equal_on_all_ranks, job
 from tests.distributed_tests.test_moe_layouts import gradients_of_all
 from torchtitan.distributed.launch import run_ranks
-from torchtitan.models import deepseek_v3, qwen3
+from torchtitan.models import deepseek_v3, gpt_oss, llama4, qwen3
 
 
 def packed(config, **moe):
@@ -64,5 +64,22 @@ def references():
 def test_gradients_equal_one_process(references, name):
     world_size, config, microbatches = LAYOUTS[name]
     ranks = run_ranks(gradients_of_all, world_size, MODELS, config, microbatches, timeout=180)
+    for i, reference in enumerate(references):
+        assert_equal_on_all_ranks(reference, [rank[i] for rank in ranks])
+
+
+PATTERNED = [
+    replace(packed(gpt_oss.FLAVORS["20b"]), sliding_window=3),
+    replace(
+        packed(llama4.FLAVORS["17bx16e_irope"]), attention_chunk=3, nope_interval=2, floor_scale=2
+    ),
+]
+
+
+@pytest.mark.parametrize("name", ["cp4, alltoall, full ac", "cp2 x tp2 ep2, heads, plain"])
+def test_sinks_windows_chunks_and_layers_without_positions(name):
+    references = run_ranks(gradients_of_all, 1, PATTERNED, split(1))[0]
+    world_size, config, _ = LAYOUTS[name]
+    ranks = run_ranks(gradients_of_all, world_size, PATTERNED, config, timeout=180)
     for i, reference in enumerate(references):
         assert_equal_on_all_ranks(reference, [rank[i] for rank in ranks])
