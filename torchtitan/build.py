@@ -1,5 +1,6 @@
 """How a run's larger parts are built from its config: the model on its mesh, loaders of its data."""
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 import torch
@@ -24,13 +25,17 @@ def build_model(
     precision: Precision,
     config: JobConfig,
     device: torch.device,
+    fake: AbstractContextManager | None = None,
 ) -> ModelParts:
-    """The model spread over all ranks, with the initial weights of config.debug.seed."""
+    """The model spread over all ranks, with the initial weights of config.debug.seed.
+
+    In a dry run weights are tensors of the mode `fake`, without values.
+    """
     meshes = degrees.meshes(device.type)
     whole = _on_meta(model_config)
     num_parameters = sum(parameter.numel() for parameter in whole.parameters())
     if degrees.pp == 1:
-        _spread(whole, degrees, meshes, precision, config, device)
+        _spread(whole, degrees, meshes, precision, config, device, fake)
         return ModelParts([whole], None, None, num_parameters, device)
     plan = PipelinePlan(config, model_config.n_layers)
     group = meshes.dense["pp"].get_group()
@@ -38,7 +43,7 @@ def build_model(
     for stage in plan.stages_of(meshes.dense["pp"].get_local_rank()):
         part = _on_meta(model_config)
         part.keep(plan.modules[stage])
-        _spread(part, degrees, meshes, precision, config, device)
+        _spread(part, degrees, meshes, precision, config, device, fake)
         parts.append(part)
     sequence_parts = degrees.tp if config.parallelism.enable_sequence_parallel else 1
     hidden = Hidden(model_config.dim, precision.compute, sequence_parts)
@@ -63,6 +68,7 @@ def _spread(
     precision: Precision,
     config: JobConfig,
     device: torch.device,
+    fake: AbstractContextManager | None,
 ) -> None:
     """Spread a model or a stage of it over its ranks, and draw their parts of the weights."""
     inits = parameter_inits(model)
@@ -72,8 +78,13 @@ def _spread(
         return draw(name, shape, rows, inits[name], config.debug.seed, device)
 
     storage = torch.device("cpu") if config.training.enable_cpu_offload else device
-    fill_parameters(model, storage, drawn)
-    model.fill_buffers(device)
+    if fake is None:
+        fill_parameters(model, storage, drawn)
+        model.fill_buffers(device)
+    else:
+        with fake:
+            model.to_empty(device=storage)
+            model.fill_buffers(device)
     model.set_global_batch(global_batch_size(config.training, degrees.dp))
 
 

@@ -243,12 +243,16 @@ def _check_data_position(config: JobConfig, progress: Progress) -> None:
         raise ConfigError(faults)
 
 
+def world_size_asked_for() -> int:
+    """NGPU ranks on each of NNODES nodes."""
+    return int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
+
+
 def main(argv: Sequence[str]) -> int:
     """Check a run of NGPU ranks on each of NNODES nodes; returns the exit status."""
     init_logger()
-    world_size = int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
     try:
-        prepare(load_config(argv), world_size, pick_device(World()))
+        prepare(load_config(argv), world_size_asked_for(), pick_device(World()))
     except ConfigError as error:
         report(error, argv)
         return EXIT_CONFIG

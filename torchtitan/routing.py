@@ -60,11 +60,17 @@ def once(
     decisions = _DECISIONS.get()
     if decisions is None or (rows and not decisions.keep_rows):
         return compute()
-    if decisions.repeated is not None:
+    if repeats(rows):
         return tuple(tensor.detach() for tensor in next(decisions.repeated))
     results = compute()
     decisions.results.append(tuple(tensor.detach() for tensor in results))
     return results
+
+
+def repeats(rows: bool = False) -> bool:
+    """Whether `once` would repeat now what it returned before."""
+    decisions = _DECISIONS.get()
+    return bool(decisions and decisions.repeated and (decisions.keep_rows or not rows))
 
 
 @torch.library.custom_op("torchtitan::keep", mutates_args=())

@@ -11,11 +11,12 @@ from torchtitan.distributed.comm import (
     init_process_group,
     pick_device,
 )
+from torchtitan.dry_run import dry_run
 from torchtitan.host_memory import keep_freed_memory
-from torchtitan.logging import init_logger
+from torchtitan.logging import init_logger, logger
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
-from torchtitan.preflight import prepare, prepare_again, report
+from torchtitan.preflight import prepare, prepare_again, report, world_size_asked_for
 from torchtitan.trainer import Trainer
 
 
@@ -28,6 +29,10 @@ def main(argv: Sequence[str]) -> int:
         keep_freed_memory()
     try:
         config = load_config(argv)
+        if config.comm.mode == "fake_backend":
+            for line in dry_run(config, world_size_asked_for()):
+                logger.info(line)
+            return 0
         setup = prepare(config, world.size, device)
     except ConfigError as error:
         if world.rank == 0:

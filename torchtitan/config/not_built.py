@@ -43,7 +43,7 @@ NOT_BUILT = (
         ("model.print_after_conversion", "quantize"),
     ),
     NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
-    NotBuilt("training without real communication", PLANNED, ("comm.mode",)),
+    NotBuilt("simulating ranks in one process", OUT_OF_SCOPE, ("comm.mode",), refused=("local_tensor",)),
     NotBuilt(
         "memory estimation",
         PLANNED,

@@ -39,7 +39,6 @@ def test_our_files_work(file):
 
 UPSTREAM_REFUSED = {
     "llama3_405b": {"model.converters"},
-    "llama4_17bx128e": {"parallelism.pipeline_parallel_degree"},
 }
 
 
@@ -235,8 +234,6 @@ def other_values(key: str, row) -> list[str]:
     if isinstance(default, list):
         return [f"--{key}=float8"]
     literal = {
-        "comm.mode": "fake_backend",
-        "checkpoint.async_mode": "async",
         "parallelism.expert_parallel_comm_backend": "deepep",
     }
     return [f"--{key}={2 if isinstance(default, int) else literal.get(key, 'x')}"]

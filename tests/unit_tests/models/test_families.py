@@ -113,7 +113,12 @@ UPSTREAM_FILES = sorted(
 @pytest.mark.parametrize("file", OUR_FILES + UPSTREAM_FILES, ids=lambda file: file.stem)
 def test_the_models_of_config_files_fit_their_layouts(file):
     config = load_config(["--job.config_file", str(file)])
-    assert update(f"--job.config_file {file}").seq_len == config.training.seq_len
+    change = ""
+    if file.stem == "llama4_17bx128e":
+        # One sequence a rank, which torch's 1F1B does not run through four stages.
+        assert "training.local_batch_size = 1" in refused(f"--job.config_file {file}")[0]
+        change = "--training.local_batch_size 4"
+    assert update(f"--job.config_file {file} {change}").seq_len == config.training.seq_len
 
 
 FAULTS = [

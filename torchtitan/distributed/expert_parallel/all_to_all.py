@@ -75,7 +75,7 @@ class AllToAllTokenDispatcher:
         order = routing.sort_by_expert(expert_ids)
         counts = routing.count_tokens(expert_ids, self.num_experts)
         received, splits = exchange_counts(counts, self.ep_mesh.size(), self.group)
-        exchange = Exchange.of(received, splits, self.group)
+        exchange = Exchange.of(received, splits, expert_ids.numel(), self.group)
         rows, scores = to_experts(x, scores, order, exchange)
         self.peak_received_bytes = max(self.peak_received_bytes, rows.nbytes)
         if self.score_before_experts:

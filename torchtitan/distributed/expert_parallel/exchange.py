@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.distributed.comm import group_named
+from torchtitan.distributed.fake import is_fake
 from torchtitan.ops.rows import sum_rows
 from torchtitan.routing import RowOrder, once
 
@@ -58,6 +59,13 @@ def exchange_rows(
     return received
 
 
+@exchange_rows.register_fake
+def _(
+    rows: torch.Tensor, num_sent: list[int], num_received: list[int], group: str
+) -> torch.Tensor:
+    return rows.new_empty(sum(num_received), rows.shape[1])
+
+
 @dataclass(frozen=True)
 class Exchange:
     """Which rows go where: N rows of own tokens by expert, R received rows by local expert."""
@@ -71,9 +79,11 @@ class Exchange:
     group: str
 
     @classmethod
-    def of(cls, received: torch.Tensor, splits: torch.Tensor, group: str) -> "Exchange":
-        """From what `exchange_counts` returns."""
-        num_sent, num_received = splits.tolist()
+    def of(
+        cls, received: torch.Tensor, splits: torch.Tensor, num_rows: int, group: str
+    ) -> "Exchange":
+        """From what `exchange_counts` returns, for `num_rows` rows of own tokens."""
+        num_sent, num_received = _known(splits, num_rows)
         total = sum(num_received)
         by_expert = _regroup(received, total)
         by_rank = _regroup(received.T, total)
@@ -86,6 +96,14 @@ class Exchange:
     def send_back(self, rows: torch.Tensor) -> torch.Tensor:
         """(R, *) by sending rank, to (N, *)."""
         return exchange_rows(rows, self.num_received, self.num_sent, self.group)
+
+
+def _known(splits: torch.Tensor, num_rows: int) -> list[list[int]]:
+    """(2, ranks) on the host: rows to and from each rank. In a dry run as many each, or nearly."""
+    if not is_fake(splits):
+        return splits.tolist()
+    share, left = divmod(num_rows, splits.shape[1])
+    return [[share + (rank < left) for rank in range(splits.shape[1])]] * 2
 
 
 def _regroup(counts: torch.Tensor, total: int) -> torch.Tensor:

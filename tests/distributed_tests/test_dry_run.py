@@ -1,0 +1,106 @@
+"""A dry run tells what real ranks do: parameters, bytes, collectives by kind and axis."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from tests.distributed_tests.test_training import COMMON, build
+from torchtitan import dry_run
+from torchtitan.config.faults import ConfigError
+from torchtitan.config.manager import load_config
+from torchtitan.distributed.fake import CollectiveCounter
+from torchtitan.distributed.launch import run_ranks
+from torchtitan.trainer import Trainer
+
+SMALL = COMMON | {"training.local_batch_size": 6}
+TP2 = {"parallelism.tensor_parallel_degree": 2}
+CP2 = {"parallelism.context_parallel_degree": 2}
+PP2 = {"parallelism.pipeline_parallel_degree": 2}
+MOE = {
+    "model.name": "qwen3",
+    "model.flavor": "debugmodel_moe",
+    "model.overrides.n_layers": 3,
+    "parallelism.expert_parallel_degree": 2,
+    "training.local_batch_size": 3,
+}
+
+
+def arguments(settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def be_one(settings, rank, world_size):
+    config, model, degrees, _ = dry_run._settle(load_config(arguments(settings)), world_size)
+    dist.destroy_process_group()
+    return dry_run._be(config, model, degrees, rank, world_size)
+
+
+def dry(settings, rank, world_size):
+    return run_ranks(be_one, 1, settings, rank, world_size, timeout=120)[0]
+
+
+class CountingTrainer(Trainer):
+    def _forward_backward(self, batch, num_tokens):
+        with CollectiveCounter() as self.counter:
+            return super()._forward_backward(batch, num_tokens)
+
+
+def train(settings):
+    """Collectives of a second step's forward and backward; local parameters."""
+    trainer = build(settings, CountingTrainer)
+    trainer.run()
+    counter = trainer.counter
+    counts = {key: (n, counter.bytes[key]) for key, n in counter.calls.items() if len(key[1]) > 1}
+    local = (getattr(p, "_local_tensor", p) for p in trainer.model.parameters())
+    return counts, sum(tensor.numel() for tensor in local)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"), [(4, TP2), (4, CP2), (4, PP2), (2, {})], ids=["tp2", "cp2", "pp2", "fsdp2"]
+)
+def test_real_ranks_do_what_a_dry_run_says(tmp_path, world_size, layout):
+    settings = SMALL | layout | {"job.dump_folder": tmp_path, "training.steps": 2}
+    ranks = run_ranks(train, world_size, settings, timeout=120)
+    for rank in range(0, world_size, world_size // layout.get("parallelism.pipeline_parallel_degree", 1)):
+        report = dry(settings, rank, world_size)
+        counts, num_parameters = ranks[rank]
+        assert report.num_parameters == num_parameters
+        assert report.bytes["weights"] == report.bytes["gradients"] == 4 * num_parameters
+        said = sorted(
+            (row.kind, row.calls, row.bytes)
+            for row in report.traffic
+            if not (row.axis.startswith("world") and row.kind == "all_reduce")  # norm and load
+        )
+        assert said == sorted((kind, *numbers) for (kind, _), numbers in counts.items())
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_rows_travel_twice_each_way_and_counts_once(mode):
+    """Also where layers are recomputed: but for the rows, which are sent again with full recomputation."""
+    report = dry(SMALL | MOE | {"activation_checkpoint.mode": mode}, 0, 4)
+    [exchanges] = [row.calls for row in report.traffic if row.kind == "all_to_all"]
+    assert exchanges == 3 * (5 if mode == "none" else 7)
+
+
+def test_512_ranks_are_no_more_work_than_one():
+    layout = {"parallelism.expert_parallel_degree": 32} | TP2
+    start = time.monotonic()
+    report = dry(SMALL | MOE | layout | {"training.global_batch_size": -1}, 0, 512)
+    assert {row.axis for row in report.traffic} == {"world", "fsdp", "tp", "ep", "efsdp"}
+    assert time.monotonic() - start < 30
+
+
+def test_all_that_cannot_work_is_said():
+    config = load_config(arguments(SMALL | {"parallelism.tensor_parallel_degree": 3, "training.seq_len": 31}))
+    with pytest.raises(ConfigError) as error:
+        list(dry_run.dry_run(config, 4))
+    settings = {fault.setting for fault in error.value.faults}
+    assert {"parallelism.tensor_parallel_degree", "training.seq_len"} <= settings
+
+
+def test_the_report_is_readable():
+    lines = list(dry_run.dry_run(load_config(arguments(SMALL | PP2)), 4))
+    assert lines[1].startswith("4 ranks that are not there: dp_shard 2, pp 2")
+    assert sum(line.startswith("rank ") for line in lines) == 2
+    assert "two steps of 2 ranks" in lines[-1]
