@@ -1,4 +1,4 @@
-"""How a run's larger parts are built from its config: the model on its mesh, loaders of its data."""
+"""How a run's larger parts are built from its config: its model on a mesh, data, metrics."""
 
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -11,12 +11,14 @@ from torchtitan.config.schema import JobConfig, Training, Validation
 from torchtitan.data.loader import DataConfig, Loader, build_loader
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.distributed.apply import parallelize
+from torchtitan.distributed.comm import World
 from torchtitan.distributed.fsdp import Precision, fill_parameters
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.pipeline import Hidden, Pipeline, TiedWeight
 from torchtitan.model_parts import ModelParts
 from torchtitan.models.decoder import Decoder, DecoderConfig
 from torchtitan.models.init import draw, parameter_inits
+from torchtitan.observability.metrics import MetricsLogger, Workload
 
 
 def build_model(
@@ -105,3 +107,18 @@ def build_data(
         **asdict(section.dataloader),
     )
     return build_loader(data, tokenizer, slots)
+
+
+def build_metrics(
+    config: JobConfig, model_config: DecoderConfig, world: World, device: torch.device
+) -> MetricsLogger:
+    """What reports a rank's progress; `config` has its global batch size settled."""
+    training = config.training
+    workload = Workload(
+        num_steps=training.steps,
+        tokens_per_step=training.global_batch_size * training.seq_len,
+        flops_per_token=model_config.flops_per_token(training.seq_len),
+        num_devices=world.size,
+    )
+    dump_folder = config.job.dump_folder
+    return MetricsLogger(config.metrics, dump_folder, workload, rank=world.rank, device=device)

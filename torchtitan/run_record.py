@@ -12,6 +12,9 @@ from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
+from torchtitan.model_parts import ModelParts
+from torchtitan.optim.optimizer import describe_optimizer
+from torchtitan.optim.schedule import describe_schedule
 from torchtitan.preflight import Setup
 
 
@@ -42,15 +45,15 @@ def describe(
     config: JobConfig,
     degrees: Degrees,
     precision: Precision,
-    num_parameters: int,
-    device: torch.device,
+    model: ModelParts,
+    optimizer: torch.optim.Optimizer,
 ) -> Iterator[str]:
     """What is trained and on what, in a few lines; `config` has its seed and batch size settled."""
     if config.job.print_config:
         yield to_json(config)
     yield config.job.description
     yield (
-        f"{config.model.name} {config.model.flavor}: {num_parameters:,} parameters, "
+        f"{config.model.name} {config.model.flavor}: {model.num_parameters:,} parameters, "
         f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
         f"{precision.reduce}"
     )
@@ -61,6 +64,8 @@ def describe(
     axes = ", ".join(f"{axis} {getattr(degrees, axis)}" for axis in names)
     training = config.training
     yield (
-        f"{dist.get_world_size()} ranks on {device.type}: {axes}; {training.global_batch_size} "
+        f"{dist.get_world_size()} ranks on {model.device.type}: {axes}; {training.global_batch_size} "
         f"sequences of {training.seq_len} tokens a step; seed {config.debug.seed}"
     )
+    yield describe_optimizer(optimizer)
+    yield describe_schedule(config.optimizer.lr, config.lr_scheduler, training.steps)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import sdpa_kernel
 
-from torchtitan.build import build_data, build_model
+from torchtitan.build import build_data, build_metrics, build_model
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.config.schema import Training, Validation
 from torchtitan.data.batch import Batch
@@ -27,17 +27,11 @@ from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
-from torchtitan.observability.metrics import MetricsLogger, Workload
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.optim.nonfinite import NonFiniteGuard
-from torchtitan.optim.optimizer import (
-    build_optimizer,
-    describe_optimizer,
-    set_learning_rate,
-    state_by_name,
-)
-from torchtitan.optim.schedule import describe_schedule, learning_rate
+from torchtitan.optim.optimizer import build_optimizer, set_learning_rate, state_by_name
+from torchtitan.optim.schedule import learning_rate
 from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
 from torchtitan.run_record import describe, resolved_config, save_config
@@ -70,12 +64,11 @@ class Trainer:
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
-        state = state_by_name(self.optimizer)
         self.checkpoints = CheckpointManager(
             config.checkpoint,
             self.dump_folder,
             self.model.state_dict,
-            state,
+            state_by_name(self.optimizer),
             setup.hf,
             origin={"layout": asdict(setup.degrees), "config": asdict(config)},
         )
@@ -88,10 +81,11 @@ class Trainer:
         if config.validation.enable:
             size = config.validation.local_batch_size * setup.degrees.dp
             self.validation_loader = self._build_loader(config.validation, size)
-        self.metrics = self._build_metrics()
+        self.metrics = build_metrics(config, setup.model_config, world, device)
         if world.rank == 0:
             save_config(config)
-        self._describe()
+        for line in describe(config, setup.degrees, self.precision, self.model, self.optimizer):
+            logger.info(line)
 
     def run(self) -> bool:
         """Train to the last step, until the data ends, or until told to stop; whether all is done."""
@@ -284,28 +278,6 @@ class Trainer:
         degrees, seed = self.setup.degrees, self.config.debug.seed
         slots = degrees.slots(self.world.rank, num_slots)
         return build_data(section, self.setup.tokenizer, num_slots, slots, seed)
-
-    def _build_metrics(self) -> MetricsLogger:
-        config = self.config
-        seq_len = config.training.seq_len
-        workload = Workload(
-            num_steps=config.training.steps,
-            tokens_per_step=self.setup.global_batch_size * seq_len,
-            flops_per_token=self.setup.model_config.flops_per_token(seq_len),
-            num_devices=self.world.size,
-        )
-        rank, device = self.world.rank, self.device
-        return MetricsLogger(
-            config.metrics, config.job.dump_folder, workload, rank=rank, device=device
-        )
-
-    def _describe(self) -> None:
-        config = self.config
-        size = self.model.num_parameters
-        what = describe(config, self.setup.degrees, self.precision, size, self.device)
-        schedule = (config.optimizer.lr, config.lr_scheduler, config.training.steps)
-        for line in (*what, describe_optimizer(self.optimizer), describe_schedule(*schedule)):
-            logger.info(line)
 
 
 def _be_deterministic(warn_only: bool) -> None:
