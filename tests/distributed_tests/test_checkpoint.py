@@ -18,7 +18,7 @@ from torchtitan.checkpoint.storage import saved_steps
 from torchtitan.checkpoint.writer import CheckpointFailed
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import Checkpoint, Optimizer
-from torchtitan.distributed.launch import run_ranks
+from torchtitan.distributed.launch import RankFailure, run_ranks
 from torchtitan.optim.optimizer import build_optimizer, state_by_name
 
 ENABLED = Checkpoint(enable=True)
@@ -305,3 +305,20 @@ def see(checkpoints):
 
 def test_ranks_that_see_different_folders_do_not_start(tmp_path):
     run_ranks(see, 2, [tmp_path / "step-2", None])
+
+
+def load_with_a_bias(folder, checkpoint, initial):
+    """Into a model that has state of training besides."""
+    m = manager(folder if initial else checkpoint.parents[1], 0.0)
+    weights = m.model_state()
+    m.model_state = lambda: weights | {"expert_bias": torch.ones(2)}
+    m.load(checkpoint)
+    return m.model_state()["expert_bias"].tolist(), values(m)[0]
+
+
+def test_state_of_training_may_begin_anew_with_loaded_weights(tmp_path):
+    run_ranks(save, 1, tmp_path / "first", [3])
+    checkpoint = tmp_path / "first" / "checkpoint" / "step-3"
+    assert run_ranks(load_with_a_bias, 1, tmp_path / "second", checkpoint, True) == [([1.0, 1.0], 3.0)]
+    with pytest.raises(RankFailure, match="step-3 has no model.expert_bias"):
+        run_ranks(load_with_a_bias, 1, tmp_path, checkpoint, False)  # a resume needs all

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
@@ -85,6 +86,13 @@ class CheckpointManager:
         state: State = {"model": self.model_state()}
         if not weights_only:
             state["optimizer"] = self.optimizer_state
+        if missing := _missing(state, checkpoint):
+            # Balance biases and loads are state of training: with new training they may begin anew.
+            anew = {f"model.{name}" for name in state["model"] if name not in self.optimizer_state}
+            if not weights_only or not missing <= anew:
+                raise CheckpointFailed(f"{checkpoint} has no {', '.join(sorted(missing))}")
+            logger.info(f"not in {checkpoint}, so they begin anew: {', '.join(sorted(missing))}")
+            state["model"] = {n: t for n, t in state["model"].items() if f"model.{n}" not in missing}
         try:
             dcp.load(state, checkpoint_id=checkpoint)
         except CheckpointException as error:  # no Exception, which callers could not expect
@@ -145,6 +153,12 @@ def find_altered(checkpoint: Path | None) -> str:
     parts = together(lambda: storage.altered_files(checkpoint, rank, world_size))
     altered = sorted(name for part in parts for name in part)
     return f"{', '.join(altered)} does not match its checksum" if altered else ""
+
+
+def _missing(state: State, checkpoint: Path) -> set[str]:
+    """Tensors of a state, by their names in checkpoints, that this one does not have."""
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {name for name, _ in _flattened(state)} - saved.keys()
 
 
 def _converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:

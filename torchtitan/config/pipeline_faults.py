@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from torchtitan.config.faults import Fault
 from torchtitan.config.names import nearest
@@ -9,6 +10,8 @@ from torchtitan.config.pipeline import CSV_SCHEDULES, SCHEDULES, PipelinePlan
 from torchtitan.config.schema import JobConfig
 
 _KEY = "parallelism.pipeline_parallel_"
+SPLITS_BACKWARD = (2, 13)
+"""The first version of torch whose split backward was seen right; 2.11's was not, 2.12 is not known."""
 
 
 def pipeline_faults(config: JobConfig, n_layers: int) -> Iterator[Fault]:
@@ -112,6 +115,12 @@ def _microbatch_faults(plan: PipelinePlan) -> Iterator[Fault]:
 def _combination_faults(plan: PipelinePlan) -> Iterator[Fault]:
     config, parallelism, name = plan.config, plan.parallelism, plan.schedule.name
     if plan.schedule.splits_backward:
+        if (installed := _torch_version()) < SPLITS_BACKWARD:
+            reason = (
+                f"torch {'.'.join(map(str, installed))} cannot split the backward of functions like "
+                f"those of experts and rows; {'.'.join(map(str, SPLITS_BACKWARD))} can."
+            )
+            yield Fault(f"{_KEY}schedule", reason, "Use 'Interleaved1F1B', or a newer torch.", name)
         if parallelism.fsdp_reshard_after_forward == "always":
             reason = f"{name} computes gradients of inputs and weights apart, and would lose some."
             yield Fault("parallelism.fsdp_reshard_after_forward", reason, "Use 'never'.", "always")
@@ -128,3 +137,9 @@ def _combination_faults(plan: PipelinePlan) -> Iterator[Fault]:
     if name == "DualPipeV" and parallelism.expert_parallel_degree > 1 and overlap:
         reason = "overlapping experts' communication with another microbatch is not built."
         yield Fault(f"{_KEY}expert_parallel_overlap", reason, "Use false.", True)
+
+
+def _torch_version() -> tuple[int, int]:
+    """Of the one installed, without importing it."""
+    major, minor, *_ = version("torch").split(".")
+    return int(major), int(minor)

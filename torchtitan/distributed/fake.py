@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +55,10 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
 
 def skip_vote(schedule: Any) -> None:
     """Let a pipeline's schedule not ask the other stages whether shapes are known: they are."""
+    try:
+        from torch.distributed.pipelining._utils import InferenceMode
+    except ImportError:  # torch 2.11 asks nobody
+        return
 
     def agree(stages, *_) -> None:
         for stage in stages:

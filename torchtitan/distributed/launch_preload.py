@@ -2,7 +2,8 @@
 
 One FSDP step over a fake process group of a size that no test has: it imports what torch imports
 late, and leaves no DTensor cache entry that a real mesh could meet. No thread may be running when
-ranks are forked, hence one compute thread and no GPU, whose autograd threads forbid a later fork.
+ranks are forked, hence one compute thread and no GPU. PyTorch's builds for GPUs start autograd's
+threads with the first backward, GPU or not, and refuse one after a fork then: no backward there.
 """
 
 import os
@@ -28,7 +29,9 @@ def _warm_up() -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (FAKE_WORLD_SIZE,))
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, FAKE_WORLD_SIZE)).sum().backward()
+    loss = model(torch.ones(1, FAKE_WORLD_SIZE)).sum()
+    if torch.version.cuda is None:
+        loss.backward()
     optimizer.step()
     dist.destroy_process_group()
 

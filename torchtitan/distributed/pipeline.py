@@ -63,11 +63,12 @@ class _Stage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id, args, kwargs=None, **options):
         self.microbatches.enter(self.submod, fwd_chunk_id)
-        kwargs = self.microbatches.inputs(self.submod, fwd_chunk_id)
-        return super().forward_one_chunk(fwd_chunk_id, args, kwargs, **options)
+        # Not as kwargs: torch 2.11 takes all of them for tensors that may need gradients.
+        self.inputs = self.microbatches.inputs(self.submod, fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, args, {}, **options)
 
-    def forward_maybe_with_nosync(self, *hidden, **inputs):
-        return self.submod(hidden=hidden[0] if hidden else None, **inputs)
+    def forward_maybe_with_nosync(self, *hidden):
+        return self.submod(hidden=hidden[0] if hidden else None, **self.inputs)
 
     def backward_one_chunk(self, bwd_chunk_id, **options):
         self.microbatches.enter(self.submod, bwd_chunk_id)

@@ -158,3 +158,10 @@ def test_a_schedule_file_says_how_many_microbatches(tmp_path):
     assert not list(pipeline_faults(config(schedule_csv=str(path), local=2), 6))
     [fault] = pipeline_faults(config(schedule_csv=str(path), local=3), 6)
     assert (fault.setting, fault.remedy) == ("training.local_batch_size", "Use 2.")
+
+
+def test_older_versions_of_torch_do_not_split_backward(monkeypatch):
+    monkeypatch.setattr("torchtitan.config.pipeline_faults.version", lambda name: "2.11.0+cu130")
+    assert not list(pipeline_faults(config(schedule="Interleaved1F1B"), 6))
+    [fault] = pipeline_faults(config(schedule="InterleavedZeroBubble"), 6)
+    assert "torch 2.11" in fault.reason and "2.13 can" in fault.reason
