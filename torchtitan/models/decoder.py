@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
@@ -28,9 +27,9 @@ from torchtitan.models.limits import (
     size_faults,
     tensor_parallel_faults,
 )
-from torchtitan.models.loss import linear_cross_entropy
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
+from torchtitan.models.output_head import OutputHead, output_init
 from torchtitan.models.rope import RoPEScaling, rope_table
 from torchtitan.sequence_part import WHOLE
 from torchtitan.sharding import ParallelPlan, Rule, Style, under
@@ -282,26 +281,6 @@ class TransformerBlock(nn.Module):
         return x + feed_forward(self.ffn_norm(x))
 
 
-class OutputHead(nn.Module):
-    """Projects hidden states to the vocabulary: logits, or straight to the summed loss."""
-
-    def __init__(self, dim: int, vocab_size: int, tied: bool):
-        super().__init__()
-        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
-        self.inits: dict[str, Init] = {} if tied else {"weight": _output_init(dim)}
-        self.loss = linear_cross_entropy
-
-    def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor | None, tied_weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        weight = self.weight if tied_weight is None else tied_weight
-        return F.linear(hidden, weight) if labels is None else self.loss(hidden, weight, labels)
-
-
-def _output_init(dim: int) -> Init:
-    return Normal(dim**-0.5, cutoff=3)  # logits of a normalised state start with variance 1
-
-
 TIED_WEIGHT = "tok_embeddings.weight"
 """The one weight of both ends, where there is one."""
 
@@ -330,7 +309,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope", table, persistent=False)
         tied = config.enable_weight_tying
         self.inits: dict[str, Init] = {
-            "tok_embeddings.weight": _output_init(config.dim) if tied else Normal(1.0),
+            "tok_embeddings.weight": output_init(config.dim) if tied else Normal(1.0),
             "norm.weight": Constant(1.0),
         }
 

@@ -1,0 +1,41 @@
+"""The output projection, and the training loss: from hidden states, behind one interface."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan.models.init import Init, Normal
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the valid labels of the cross-entropy of softmax(hidden @ weight.T), fp32 scalar.
+
+    hidden (..., D) and weight (V, D) in the compute dtype, labels (...) int64; a label of -100,
+    PyTorch's default, counts nothing, and no valid label at all gives zero. The caller divides by
+    the number of valid labels in the whole global batch, which no single call can know.
+    """
+    logits = F.linear(hidden.flatten(0, -2), weight)
+    return F.cross_entropy(logits.float(), labels.flatten(), reduction="sum")
+
+
+class OutputHead(nn.Module):
+    """Projects hidden states to the vocabulary: logits, or straight to the summed loss."""
+
+    def __init__(self, dim: int, vocab_size: int, tied: bool):
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
+        self.inits: dict[str, Init] = {} if tied else {"weight": output_init(dim)}
+        self.loss = linear_cross_entropy
+
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, tied_weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        weight = self.weight if tied_weight is None else tied_weight
+        return F.linear(hidden, weight) if labels is None else self.loss(hidden, weight, labels)
+
+
+def output_init(dim: int) -> Init:
+    """How the output weight is drawn: logits of a normalised state start with variance 1."""
+    return Normal(dim**-0.5, cutoff=3)
