@@ -8,7 +8,7 @@
 #   NGPU           ranks on this machine (default: the GPUs there are, or 1 on a CPU)
 #   LOG_RANK       local ranks whose output is shown, such as 0,1 (default 0)
 #   TRAIN_FILE     module to run (default torchtitan.train)
-#   COMM_MODE      fake_backend or local_tensor: one process in place of all ranks, one step
+#   COMM_MODE      fake_backend: a dry run, one process in place of all ranks (docs/parallelism.md)
 #   NNODES         machines (default 1); if more, start this script on each with the same
 #   RDZV_ENDPOINT  host:port where they meet (or MASTER_ADDR and MASTER_PORT, default port 29500)
 #   RDZV_ID        name of the run, if several meet there

@@ -1,6 +1,6 @@
 """What a layout comes to, on any number of ranks, without them: `comm.mode = "fake_backend"`.
 
-One process is each pipeline stage's first rank in turn. Its model is real but for the numbers in it;
+One process is the first rank of each place in the pipeline in turn. Its model is real but for the numbers in it;
 it takes two steps among process groups without peers, while memory is added up and collectives are
 counted. Neither a GPU nor data nor a tokenizer is needed.
 """
@@ -13,7 +13,6 @@ import torch
 
 from torchtitan.build import build_model
 from torchtitan.config.batch_size import global_batch_size
-from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig
 from torchtitan.data.batch import Batch
@@ -26,8 +25,8 @@ from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.models.decoder import DecoderConfig
-from torchtitan.models.registry import model_config
 from torchtitan.optim.optimizer import build_optimizer, state_by_name
+from torchtitan.preflight import checked_model
 
 CPU = torch.device("cpu")
 SECONDS_A_STAGE = 600
@@ -45,7 +44,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One rank's part: the first of a pipeline stage's."""
+    """One rank's part: the first with its stages of a pipeline."""
 
     rank: int
     num_parameters: int
@@ -78,7 +77,7 @@ def dry_run(config: JobConfig, world_size: int) -> Iterator[str]:
             yield from _lines(_be(*part))
         else:  # a process for each: DTensor remembers the meshes of the rank that it was
             yield from _lines(*run_ranks(_be_in_fork, 1, *part, timeout=SECONDS_A_STAGE))
-    ranks = f"of {degrees.pp} ranks, each the first of its stage" if degrees.pp > 1 else "of one rank"
+    ranks = f"of {degrees.pp} ranks, the first of each pipeline rank's" if degrees.pp > 1 else "of one rank"
     yield f"two steps {ranks}: {time.perf_counter() - start:.1f} s"
 
 
@@ -86,12 +85,7 @@ def _settle(
     config: JobConfig, world_size: int
 ) -> tuple[JobConfig, DecoderConfig, Degrees, list[str]]:
     """What is run dry, and in words what of the config cannot be."""
-    faults, notes = list(check_config(config)), []
-    try:
-        flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
-        model = flavor.update_from_config(config)
-    except ConfigError as error:
-        faults += error.faults
+    model, faults = checked_model(config)
     try:
         degrees = Degrees.resolve(config.parallelism, world_size)
         batch_size = global_batch_size(config.training, degrees.dp)
@@ -99,8 +93,11 @@ def _settle(
         faults += error.faults
     if faults:
         raise ConfigError(faults)
+    notes = []
     if config.compile.enable:
         notes.append("compile.enable: True -> False")
+    if config.parallelism.enable_async_tensor_parallel:
+        notes.append("parallelism.enable_async_tensor_parallel: True -> False")
     parallelism = replace(config.parallelism, enable_async_tensor_parallel=False)
     config = replace(
         config,

@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from torchtitan import preflight
+from torchtitan import preflight, train
 from torchtitan.preemption import EXIT_START_AGAIN, STOP_SIGNALS
 
 TRAIN_MODULE = "torchtitan.train"
@@ -29,10 +31,13 @@ def main(argv: Sequence[str]) -> int:
     """Launch the ranks of this machine; returns the exit status, that of the first rank to fail."""
     args = parse_args(argv)
     if args.training_script == TRAIN_MODULE:
+        if preflight.is_dry_run(args.training_script_args):
+            return train.main(args.training_script_args)
         status = preflight.main(args.training_script_args)
         if status != 0:
             return status
-    args.log_dir = args.log_dir or tempfile.mkdtemp(prefix="torchtitan_logs_")
+    own_log_dir = None if args.log_dir else tempfile.mkdtemp(prefix="torchtitan_logs_")
+    args.log_dir = args.log_dir or own_log_dir
     # torchrun would kill ranks that still save 30 s after it has passed a signal on.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     told: list[int] = []
@@ -43,11 +48,14 @@ def main(argv: Sequence[str]) -> int:
         status = _status(error, told)
         if status != EXIT_START_AGAIN:
             _tell(error, args.log_dir, args.local_ranks_filter)
-        return status
+            return status
     except SignalException as error:
         return 128 + int(error.sigval)
-    shutil.rmtree(args.log_dir)
-    return 0
+    else:
+        status = 0
+    if own_log_dir:
+        shutil.rmtree(own_log_dir)
+    return status
 
 
 def _pass_on_signals(told: list[int]) -> None:
@@ -55,14 +63,24 @@ def _pass_on_signals(told: list[int]) -> None:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         told.append(number)
-        ranks = _children()
-        for rank in ranks:
-            os.kill(rank, number)
-        if not ranks:
-            sys.exit(128 + number)
+        if not _hand_on(number):  # ranks have not started, or have ended, which torchrun will see
+            threading.Thread(target=_hand_on_later, args=(number,), daemon=True).start()
 
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
+
+
+def _hand_on(number: int) -> bool:
+    """Send a signal to the ranks; whether there were any."""
+    ranks = _children()
+    for rank in ranks:
+        os.kill(rank, number)
+    return bool(ranks)
+
+
+def _hand_on_later(number: int) -> None:
+    while not _hand_on(number):
+        time.sleep(0.1)
 
 
 def _children() -> list[int]:
@@ -115,10 +133,11 @@ def _report(failure: ProcessFailure) -> str:
 
 
 def _last_words(failure: ProcessFailure, log_dir: str) -> str:
-    [path] = glob.glob(
-        os.path.join(log_dir, "*", "attempt_*", str(failure.local_rank), "stderr.log")
-    )
-    with open(path) as file:
+    pattern = os.path.join(log_dir, "*", "attempt_*", str(failure.local_rank), "stderr.log")
+    paths = sorted(glob.glob(pattern), key=os.path.getmtime)  # of restarts, or of earlier runs
+    if not paths:
+        return ""
+    with open(paths[-1]) as file:
         return "".join(deque(file, LAST_LINES))
 
 

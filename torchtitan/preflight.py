@@ -66,9 +66,7 @@ def prepare(
 
     `altered` are checkpoints known to be damaged, each with what is wrong.
     """
-    faults = list(check_config(config))
-    if config.experimental.custom_import:
-        faults += _import(config.experimental.custom_import)
+    model, faults = checked_model(config)
 
     def attempt(function: Callable[..., Result], *args) -> Result | None:
         try:
@@ -85,7 +83,6 @@ def prepare(
     attempt(check_async_tensor_parallel, config.parallelism, device)
     attempt(_check_saving, config.checkpoint, world_size, device)
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
-    model = attempt(_model_config, config)
     if model and tokenizer:
         faults += check_tokenizer(tokenizer, model.vocab_size)
     if model and config.optimizer.no_decay:
@@ -105,6 +102,19 @@ def prepare(
     if faults:
         raise ConfigError(faults)
     return Setup(config, degrees, model, tokenizer, checkpoint, progress, batch_size, hf)
+
+
+def checked_model(config: JobConfig) -> tuple[DecoderConfig | None, list[Fault]]:
+    """The model of a config, if there can be one, and what is wrong with both."""
+    faults = list(check_config(config))
+    if config.experimental.custom_import:
+        faults += _import(config.experimental.custom_import)
+    try:
+        flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
+        return flavor.update_from_config(config), faults
+    except ConfigError as error:
+        known = {fault.setting for fault in faults}  # a value is refused once, for the first reason
+        return None, faults + [fault for fault in error.faults if fault.setting not in known]
 
 
 def prepare_again(setup: Setup, world_size: int, device: torch.device) -> Setup:
@@ -157,11 +167,6 @@ def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> 
         raise ConfigError(faults)
 
 
-def _model_config(config: JobConfig) -> DecoderConfig:
-    flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
-    return flavor.update_from_config(config)
-
-
 def _parameter_names(model: DecoderConfig) -> list[str]:
     with torch.device("meta"):
         return [name for name, _ in model.build().named_parameters()]
@@ -196,14 +201,17 @@ def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
     progress = read_progress(checkpoint)
     if progress["step"] == 0:  # a seed checkpoint: weights for a new run
         return {}
-    if progress["model_only"] and progress["step"] < config.training.steps:
-        fault = Fault(
-            "checkpoint.load_step",
-            f"{checkpoint} holds only the weights, so training cannot go on from it.",
-            "Load an earlier step, or start a new run from it by checkpoint.initial_load_path. "
-            "checkpoint.last_save_model_only = false keeps the last save complete.",
-            value=config.checkpoint.load_step,
-        )
+    if progress["model_only"] and not progress.get("data_ended") and progress["step"] < config.training.steps:
+        reason = f"{checkpoint} holds only the weights, so training cannot go on from it."
+        if _is_own(checkpoint, config):
+            remedy = (
+                "Load an earlier step, or start a new run from it by checkpoint.initial_load_path. "
+                "checkpoint.last_save_model_only = false keeps the last save complete."
+            )
+            fault = Fault("checkpoint.load_step", reason, remedy, config.checkpoint.load_step)
+        else:
+            key = "checkpoint.initial_load_model_only"
+            fault = Fault(key, reason, "Set it to true to begin a new run with them.", False)
         raise ConfigError([fault])
     excluded = set(config.checkpoint.exclude_from_loading)
     parts = {"train_state": ("step", "n_tokens_seen"), "dataloader": ("slots", "global_batch_size")}
@@ -246,6 +254,14 @@ def _check_data_position(config: JobConfig, progress: Progress) -> None:
 def world_size_asked_for() -> int:
     """NGPU ranks on each of NNODES nodes."""
     return int(os.environ.get("NGPU", 1)) * int(os.environ.get("NNODES", 1))
+
+
+def is_dry_run(argv: Sequence[str]) -> bool:
+    """Whether one process stands for all ranks; not where the config cannot be read."""
+    try:
+        return load_config(argv).comm.mode == "fake_backend"
+    except ConfigError:
+        return False
 
 
 def main(argv: Sequence[str]) -> int:

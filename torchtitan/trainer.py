@@ -93,9 +93,9 @@ class Trainer:
             self.checkpoints.save_seed({"seed": self.config.debug.seed})
             return True
         first, num_steps = self.step + 1, self.config.training.steps
-        done = self.step >= num_steps
+        done = self.step >= num_steps or self.setup.progress.get("data_ended", False)
         if done:
-            logger.info(f"training.steps = {num_steps} are done already")
+            logger.info(f"there is nothing left to train after step {self.step}")
         with ExitStack() as stack:
             recorders = self._enter_recorders(stack)
             self._over_ranks(0)  # who was told to stop while the run was set up?
@@ -103,7 +103,7 @@ class Trainer:
                 batch = self._next_batch()
                 if batch is None:
                     logger.info(f"the data ended after step {self.step}")
-                    self._save(last=True)
+                    self._save(last=True, data_ended=True)
                     done = True
                     break
                 self.step += 1
@@ -226,11 +226,12 @@ class Trainer:
             self.watchdog.mark(self.step, "validation")
             yield batch.cut(self.part)
 
-    def _save(self, last: bool) -> None:
+    def _save(self, last: bool, data_ended: bool = False) -> None:
         self.checkpoints.writer.raise_failure()
         if self.checkpoints.wants_save(self.step, last or self.stopping):
             with self._pause("checkpoint"):
-                self.checkpoints.save(self.step, self._progress(), last, wait=self.stopping)
+                progress = self._progress() | {"data_ended": data_ended}
+                self.checkpoints.save(self.step, progress, last, wait=self.stopping)
 
     @contextmanager
     def _pause(self, phase: str) -> Iterator[None]:

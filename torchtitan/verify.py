@@ -7,6 +7,7 @@ twice, on the layout's ranks and on one, in fp32 on this machine's CPU, and comp
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -24,7 +25,6 @@ from torchtitan.build import build_model
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.manager import load_config
 from torchtitan.config.schema import JobConfig
-from torchtitan.data.batch import Batch
 from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import global_grad_norm
@@ -207,8 +207,8 @@ def _rows(ranks: Sequence[RankResult], reference: RankResult) -> list[Row]:
         for ours, theirs, global_norm in steps:
             expected = theirs[name].norm().item()
             scale = max(expected, 1e-8 * global_norm)
-            error = (ours[name] - theirs[name]).norm().item() / scale
-            ratio = ours[name].norm().item() / expected if expected else 1.0
+            error = _number((ours[name] - theirs[name]).norm().item() / scale)
+            ratio = _number(ours[name].norm().item() / expected) if expected else 1.0
             worst_error = max(worst_error, error)
             worst_ratio = max(worst_ratio, ratio, key=lambda value: abs(value - 1))
         rows.append(Row(name, worst_error, worst_ratio, name not in unequal))
@@ -216,7 +216,12 @@ def _rows(ranks: Sequence[RankResult], reference: RankResult) -> list[Row]:
 
 
 def _deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+    return max(_number(abs(a / b - 1)) for a, b in zip(ours, theirs, strict=True))
+
+
+def _number(value: float) -> float:
+    """Infinity in place of NaN, which is neither more nor less than anything."""
+    return math.inf if math.isnan(value) else value
 
 
 def summary(result: Report) -> str:

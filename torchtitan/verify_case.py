@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 
-from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.config.pipeline_faults import pipeline_faults
 from torchtitan.config.schema import JobConfig, Parallelism, Training
 from torchtitan.config.sequence_cuts import length_unit
 from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
-from torchtitan.models.registry import model_config
+from torchtitan.preflight import checked_model
 from torchtitan.verify_data import global_batches
 
 MAX_RANKS = 8
@@ -39,12 +39,7 @@ def settle(config: JobConfig, full: bool) -> Case:
 
     Raises ConfigError with every fault of the config as it stands.
     """
-    faults = list(check_config(config))
-    try:
-        flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
-        model = flavor.update_from_config(config)
-    except ConfigError as error:
-        faults += error.faults
+    model, faults = checked_model(config)
     if faults:
         raise ConfigError(faults)
 
@@ -74,6 +69,8 @@ def settle(config: JobConfig, full: bool) -> Case:
     model = replace(model, seq_len=training.seq_len)
     if model.attn_type != "sdpa":
         notes.append(f"attention: {model.attn_type} -> SDPA with the same mask, as on every CPU")
+    if faults := list(pipeline_faults(new, model.n_layers)):
+        raise ConfigError(faults)  # its stages do not fit the ranks that are left
     batches = global_batches(new, model.vocab_size, notes)
     return Case(new, model, batches, world_size, tuple(notes))
 

@@ -52,7 +52,7 @@ def load(folder, checkpoint, **options):
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path):
-    run_ranks(save, 1, tmp_path, [2, 10, 4])
+    run_ranks(save, 1, tmp_path, [2, 4, 10])
     folder = tmp_path / "checkpoint"
     (folder / "step-30.tmp").mkdir()  # an interrupted save
     assert saved_steps(folder) == [2, 4, 10]

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.distributed_tests.test_data_parallel import (

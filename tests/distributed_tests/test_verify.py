@@ -172,6 +172,21 @@ def test_broken_layouts_are_caught_by_name(sabotage, argv, name):
         assert first.norm_ratio == pytest.approx(2.0, rel=1e-3)
 
 
+def poison_a_gradient(model):
+    def hook(module, inputs):
+        if module.weight.requires_grad:
+            module.weight.register_hook(lambda gradient: gradient * float("nan"))
+
+    model.layers["1"].attention.wk.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("argv", [[SHARD1], [SHARD1, HSDP]], ids=["one rank", "two ranks"])
+def test_a_gradient_of_nan_is_no_small_error(argv):
+    result = verify(load_config([*COMMON, *argv]), sabotage=poison_a_gradient)
+    [row] = [row for row in result.rows if "layers.1.attention.wk" in row.name]
+    assert not result.passed and not row.passed and row.error == float("inf")
+
+
 MOE = [
     "--model.name=deepseek_v3",
     "--parallelism.tensor_parallel_degree=2",

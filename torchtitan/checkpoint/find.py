@@ -50,7 +50,11 @@ def find_checkpoint(
         remedy = "Give checkpoint.load_step another step, or move these folders away to begin anew."
         raise ConfigError([Fault("checkpoint.folder", reason, remedy, str(folder))])
     if config.initial_load_in_hf:
-        return Path(config.initial_load_path or assets)
+        path = Path(config.initial_load_path or assets)
+        if what := (altered or {}).get(path):
+            remedy = f"Move {path / storage.MANIFEST} away if you have changed the files yourself."
+            raise ConfigError([Fault("checkpoint.initial_load_in_hf", f"{path}: {what}.", remedy, True)])
+        return path
     if config.initial_load_path is None:
         return None
     return _initial(Path(config.initial_load_path), altered or {})

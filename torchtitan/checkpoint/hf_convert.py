@@ -77,6 +77,9 @@ def to_hf(
     """
     if not (checkpoint / ".metadata").exists():
         raise ConfigError([Fault(str(checkpoint), "is no checkpoint (a folder like step-1000).")])
+    if storage.has_manifest(checkpoint):
+        if what := storage.damage(checkpoint) or ", ".join(storage.altered_files(checkpoint)):
+            raise ConfigError([Fault(str(checkpoint), f"is damaged: {what}.")])
     export = Export.of(config, name)
     with published(output) as temporary:
         write(export, checkpoint, temporary, dtype, assets, progress_bar=True)

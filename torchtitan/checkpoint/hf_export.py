@@ -8,11 +8,13 @@ import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
@@ -21,7 +23,6 @@ from tqdm import tqdm
 
 from torchtitan.checkpoint.hf_files import INDEX, SINGLE
 from torchtitan.checkpoint.hf_folder import (
-    barrier,
     num_ranks,
     published,
     rank,
@@ -30,6 +31,7 @@ from torchtitan.checkpoint.hf_folder import (
 )
 from torchtitan.checkpoint.hf_pieces import Piece, is_statistic, mismatches, only_ours, pieces
 from torchtitan.checkpoint.hf_reader import Box, read_boxes
+from torchtitan.checkpoint.writer import together
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.models.hf_format import encode_config
 from torchtitan.models.registry import hf_formats
@@ -100,8 +102,11 @@ def save(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
         dcp.save({MODEL.rstrip("."): state}, checkpoint_id=parts)
-    write(export, parts, folder, dtype, assets)
-    barrier()
+    work = partial(write, export, parts, folder, dtype, assets)
+    if dist.is_initialized():
+        together(work)  # a rank that fails must not leave the others waiting
+    else:
+        work()
     if rank() == 0:
         shutil.rmtree(parts)
 

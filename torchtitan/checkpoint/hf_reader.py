@@ -24,6 +24,7 @@ from torch.futures import Future
 
 from torchtitan.checkpoint.hf_files import DTYPES, BlockScales, TensorFiles
 from torchtitan.checkpoint.hf_pieces import Piece, Source
+from torchtitan.config.faults import ConfigError, Fault
 
 
 class PieceReader(FileSystemReader):
@@ -65,10 +66,11 @@ class PieceReader(FileSystemReader):
         if not torch.equal(
             part, piece.read(self._source(copy), item.storage_offsets, item.lengths)
         ):
-            raise ValueError(
-                f"{self.path}: {piece.theirs} and {copy} differ, but config.json says that "
-                "they are one weight (tie_word_embeddings)"
+            reason = (
+                f"{piece.theirs} and {copy} differ, but config.json says that they are one weight "
+                "(tie_word_embeddings)."
             )
+            raise ConfigError([Fault(str(self.path), reason)])
 
 
 def _metadata(pieces: Sequence[Piece], files: TensorFiles) -> Metadata:

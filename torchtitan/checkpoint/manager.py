@@ -76,7 +76,7 @@ class CheckpointManager:
         own = checkpoint.parent == self.folder
         if is_folder(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
-            self.hf.load(checkpoint, self.model_state(), quantized)
+            together(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
             return
         weights_only = (
             (not own and self.config.initial_load_model_only)
@@ -120,7 +120,9 @@ class CheckpointManager:
             job = self._job(step, {"model": weights}, progress, model_only=True)
             job = replace(job, export=lambda folder: self.hf.save(folder, weights, dtype))
         elif model_only:
-            job = self._job(step, {"model": _converted(weights, dtype)}, progress, model_only=True)
+            # Buffers keep theirs: a balance bias is a sum of small steps.
+            weights = {n: t.to(dtype) if n in self.optimizer_state else t for n, t in weights.items()}
+            job = self._job(step, {"model": weights}, progress, model_only=True)
         else:
             state = {"model": weights, "optimizer": self.optimizer_state}
             job = self._job(step, state, progress, model_only=False)
@@ -159,10 +161,6 @@ def _missing(state: State, checkpoint: Path) -> set[str]:
     """Tensors of a state, by their names in checkpoints, that this one does not have."""
     saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     return {name for name, _ in _flattened(state)} - saved.keys()
-
-
-def _converted(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 @torch.no_grad()

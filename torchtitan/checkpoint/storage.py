@@ -12,6 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ FORMAT = 1
 BLOCK_BYTES = 32 * 2**20
 """Files are checksummed in blocks of this size, several at a time."""
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
 _NUM_THREADS = 4
 
@@ -46,12 +47,12 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def has_manifest(checkpoint: Path) -> bool:
-    return (checkpoint / _MANIFEST).exists()
+    return (checkpoint / MANIFEST).exists()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """{"format", "progress", "origin", "files"} of a checkpoint; ValueError where it is damaged."""
-    content = json.loads((checkpoint / _MANIFEST).read_text())
+    content = json.loads((checkpoint / MANIFEST).read_text())
     checksum = content.pop("crc32")
     if checksum != _crc32(json.dumps(content).encode()):
         raise ValueError("does not match its checksum")
@@ -64,11 +65,11 @@ def damage(checkpoint: Path) -> str:
     Looks at sizes only, so it costs next to nothing; `altered_files` reads everything.
     """
     if not has_manifest(checkpoint):
-        return f"{_MANIFEST} is missing"
+        return f"{MANIFEST} is missing"
     try:
         files = read_manifest(checkpoint)["files"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
     for name, entry in files.items():
         path = checkpoint / name
         if not path.exists():
@@ -118,8 +119,8 @@ def publish(temporary: Path, content: Mapping[str, Any]) -> Path:
     final = temporary.with_suffix("")
     content = {"format": FORMAT, **content}
     content["crc32"] = _crc32(json.dumps(content).encode())
-    (temporary / _MANIFEST).write_text(json.dumps(content))
-    flush(temporary / _MANIFEST)
+    (temporary / MANIFEST).write_text(json.dumps(content))
+    flush(temporary / MANIFEST)
     flush(temporary)
     if final.exists():
         if damage(final):
@@ -140,6 +141,19 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob("step-*.replaced"):
         if not damage(path.with_suffix("")):
             _remove(path)
+
+
+def set_aside_newer(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints of later steps than the one being saved: no run goes on from them.
+
+    They are of a run that this one went back behind (checkpoint.load_step); returns the new names.
+    """
+    aside = []
+    for path in candidates(folder):
+        if step_of(path) > step:
+            names = (folder / f"aside-{path.name}-{n}" for n in count(1))
+            aside.append(path.rename(next(name for name in names if not name.exists())))
+    return aside
 
 
 def remove_old(folder: Path, keep: int, saved: Path) -> None:

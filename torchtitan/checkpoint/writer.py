@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -133,6 +132,8 @@ def _write(job: Job, group: dist.ProcessGroup | None) -> None:
         if rank == 0:
             storage.remove_leftovers(job.folder)
             storage.new_folder(temporary)
+            for path in storage.set_aside_newer(job.folder, job.step):
+                logger.warning(f"{path} is of a run that this one went back behind")
 
     def fingerprints() -> dict[str, Any]:
         share = [temporary / name for name in names[rank :: dist.get_world_size(group)]]

@@ -10,7 +10,7 @@ from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import leaf_keys, nearest
 from torchtitan.config.not_built import refusals
-from torchtitan.config.schema import JobConfig
+from torchtitan.config.schema import Checkpoint, JobConfig
 
 LEAST = {
     "checkpoint.interval": 1,
@@ -201,6 +201,10 @@ def profiler_fits_its_cycle(config: JobConfig) -> Iterator[Fault]:
         yield Fault("profiling.profile_freq", reason, value=profiling.profile_freq)
 
 
+_NOT_ENABLED = "no checkpoint is loaded or saved."
+_ENABLE = "Set checkpoint.enable = true."
+
+
 def more_than_one_checkpoint_is_kept(config: JobConfig) -> Iterator[Fault]:
     if config.checkpoint.keep_latest_k == 1:
         reason = "the only checkpoint would be the one being written."
@@ -222,11 +226,18 @@ def hugging_face_checkpoints_hold_the_model_only(config: JobConfig) -> Iterator[
         yield Fault(key, "says how Hugging Face files are read, and none are.", remedy, True)
     for key in ("initial_load_in_hf", "last_save_in_hf"):
         if getattr(checkpoint, key) and not checkpoint.enable:
-            remedy = "Set checkpoint.enable = true."
-            yield Fault(f"checkpoint.{key}", "no checkpoint is loaded or saved.", remedy, True)
+            yield Fault(f"checkpoint.{key}", _NOT_ENABLED, _ENABLE, True)
     if checkpoint.last_save_in_hf and checkpoint.load_only:
         remedy = "Set checkpoint.load_only = false."
         yield Fault("checkpoint.last_save_in_hf", "nothing is saved.", remedy, True)
+
+
+def loading_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
+    checkpoint, defaults = config.checkpoint, Checkpoint()
+    for key in ("initial_load_path", "load_step"):
+        value = getattr(checkpoint, key)
+        if value != getattr(defaults, key) and not checkpoint.enable:
+            yield Fault(f"checkpoint.{key}", _NOT_ENABLED, _ENABLE, value)
 
 
 def seed_checkpoint_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
@@ -324,6 +335,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     profiler_fits_its_cycle,
     more_than_one_checkpoint_is_kept,
     hugging_face_checkpoints_hold_the_model_only,
+    loading_needs_checkpoints,
     seed_checkpoint_needs_checkpoints,
     wall_time_needs_checkpoints,
     early_step_needs_plain_backward,

@@ -27,6 +27,10 @@ def pipeline_faults(config: JobConfig, n_layers: int) -> Iterator[Fault]:
         yield from faults  # the rest follows from the schedule
         return
     given = parallelism.module_fqns_per_model_part is not None
+    if (given or plan.csv is not None) and parallelism.pipeline_parallel_layers_per_stage is not None:
+        said_by = "parallelism.module_fqns_per_model_part" if given else f"{_KEY}schedule_csv"
+        reason, value = f"{said_by} says which stages there are.", layers
+        yield Fault(f"{_KEY}layers_per_stage", reason, "Leave it unset.", value)
     yield from _given_stage_faults(plan) if given else _stage_faults(plan)
     yield from _microbatch_faults(plan)
     yield from _combination_faults(plan)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor  # no public name in 2.11 and 2.13
 from torch.distributed import distributed_c10d as c10d
 
 from torchtitan.config.schema import Comm
@@ -99,6 +100,11 @@ def new_background_group() -> dist.ProcessGroup:
     others' main threads.
     """
     return dist.new_group(backend="gloo", timeout=timedelta(days=1), group_desc=_BACKGROUND)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether nobody knows what is in it, as in a dry run."""
+    return isinstance(tensor, FakeTensor)
 
 
 def destroy_process_group() -> None:

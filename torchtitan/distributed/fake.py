@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -88,11 +88,6 @@ class CollectiveCounter(TorchDispatchMode):
             given = args[name in _OUTPUT_FIRST]
             self.bytes[key] += (given[0] if isinstance(given, list | tuple) else given).nbytes
         return func(*args, **(kwargs or {}))
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether nobody knows what is in it."""
-    return isinstance(tensor, FakeTensor)
 
 
 def _is_repeated(operator: str) -> bool:

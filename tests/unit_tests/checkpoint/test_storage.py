@@ -180,3 +180,21 @@ def test_leftovers_are_removed(tmp_path):
         (tmp_path / name).mkdir()
     storage.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["step-1"]
+
+
+def test_checkpoints_of_a_run_that_was_gone_back_behind_are_set_aside(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    aside = storage.set_aside_newer(tmp_path, 3)
+    assert sorted(path.name for path in aside) == ["aside-step-4-1", "aside-step-6-1"]
+    assert storage.saved_steps(tmp_path) == [2] and not storage.damage(aside[0])
+    save(tmp_path, 4)
+    storage.set_aside_newer(tmp_path, 3)
+    assert (tmp_path / "aside-step-4-2").exists()
+
+
+def test_a_hugging_face_folder_that_was_altered_is_refused(tmp_path):
+    config = Checkpoint(enable=True, initial_load_in_hf=True, initial_load_path=str(tmp_path))
+    with pytest.raises(ConfigError, match="config.json does not match.*Move .*manifest.json away"):
+        altered = {tmp_path: "config.json does not match its checksum"}
+        find_checkpoint(config, tmp_path / "run", ASSETS, altered)

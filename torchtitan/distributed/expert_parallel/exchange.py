@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from torchtitan.distributed.comm import group_named
-from torchtitan.distributed.fake import is_fake
+from torchtitan.distributed.comm import group_named, is_fake
 from torchtitan.ops.rows import sum_rows
 from torchtitan.routing import RowOrder, once
 
