@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from torchtitan.checkpoint.find import Progress, find_checkpoint, read_progress
+from torchtitan.checkpoint.hf_pieces import mismatches
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.manager import find_altered
 from torchtitan.config.batch_size import global_batch_size
@@ -93,6 +95,8 @@ def prepare(
     hf = model and HuggingFace(config.model.name, model, places[1])
     if hf and checkpoint:
         attempt(_check_hugging_face_load, hf, config, checkpoint)
+        if (checkpoint / ".metadata").exists():
+            attempt(_check_weights, checkpoint, model)
     if hf and config.checkpoint.last_save_in_hf:
         attempt(hf.check_save)
     progress = attempt(_progress, checkpoint, config)
@@ -186,6 +190,26 @@ def _check_hugging_face_load(hf: HuggingFace, config: JobConfig, checkpoint: Pat
     own, load = _is_own(checkpoint, config), config.checkpoint
     if is_folder(checkpoint) or (load.initial_load_in_hf and not own):
         hf.check_load(checkpoint, load.initial_load_in_hf_quantized and not own)
+
+
+def _check_weights(checkpoint: Path, model: DecoderConfig) -> None:
+    """A checkpoint of ours has the model's weights and no others; statistics may begin anew."""
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    found = {
+        name.removeprefix("model."): tensor.size
+        for name, tensor in saved.items()
+        if name.startswith("model.") and not name.endswith(".previous_load")
+    }
+    with torch.device("meta"):
+        built = model.build()
+    weights = dict(built.named_parameters())
+    expected = {
+        name: tensor.shape
+        for name, tensor in built.state_dict().items()
+        if name in weights or name in found
+    }
+    if faults := list(mismatches(checkpoint, expected, found)):
+        raise ConfigError(faults)
 
 
 def _is_own(checkpoint: Path, config: JobConfig) -> bool:

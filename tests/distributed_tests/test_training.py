@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
 from torchtitan.distributed.comm import BACKEND_GRACE_SECONDS, World
@@ -400,3 +401,30 @@ def test_lines_that_cannot_be_used_are_named_and_counted(tmp_path):
     [told] = run_ranks(messages, 1, settings | {"training.no_repeat": True, "training.steps": 100})
     assert sum(f"document skipped: {data}:4" in line for line in told) == 2  # lines 40 and 41
     assert told[-1] == "2 documents of this rank's data could not be used"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("n_layers", 1, "no place for layers.1.attention.wk.weight"),
+        ("n_layers", 3, "lacks layers.2.attention.wk.weight"),
+        ("ffn_dim", 64, r"another shape.*layers.0.feed_forward.w1.weight \[48, 32\] in place of \[64, 32\]"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_before_the_start(checkpointed, key, value, words):
+    settings = COMMON | {
+        "job.dump_folder": checkpointed,
+        "checkpoint.enable": True,
+        f"model.overrides.{key}": value,
+    }
+    argv = [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items()]
+    with pytest.raises(ConfigError, match=words):
+        prepare(load_config(argv), 1, CPU)
+
+
+@pytest.fixture(scope="module")
+def checkpointed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpointed")
+    settings = {"training.steps": 2, "checkpoint.enable": True, "checkpoint.no_last_save_model_only": True}
+    run(folder, **settings | {"training.local_batch_size": 12})
+    return folder
