@@ -235,14 +235,14 @@ class TiedWeight:
         target: torch.Tensor | None,
         put: Callable[[torch.Tensor, torch.Tensor], Any],
     ) -> None:
-        here, there = self.ends if self.owner is not None else self.ends[::-1]
+        other_end = self.ends[1] if self.owner is not None else self.ends[0]
         if source is not None and target is not None:
             put(target, source)
         elif source is not None:
-            dist.send(source, group=self.group, group_dst=there)
+            dist.send(source, group=self.group, group_dst=other_end)
         elif target is not None:
             received = torch.empty_like(target)
-            dist.recv(received, group=self.group, group_src=there)
+            dist.recv(received, group=self.group, group_src=other_end)
             put(target, received)
 
 
