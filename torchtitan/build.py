@@ -16,7 +16,7 @@ from torchtitan.distributed.fsdp import Precision, fill_parameters
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.pipeline import Hidden, Pipeline, TiedWeight
 from torchtitan.model_parts import ModelParts
-from torchtitan.models.decoder import Decoder, DecoderConfig
+from torchtitan.models.decoder import TIED_WEIGHT, Decoder, DecoderConfig
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.observability.metrics import MetricsLogger, Workload
 
@@ -51,7 +51,8 @@ def build_model(
     hidden = Hidden(model_config.dim, precision.compute, sequence_parts)
     tied = None
     if model_config.enable_weight_tying:
-        ends = [part.tok_embeddings.weight for part in parts if part.tok_embeddings is not None]
+        weights = (dict(part.named_parameters()).get(TIED_WEIGHT) for part in parts)
+        ends = [weight for weight in weights if weight is not None]
         tied = TiedWeight(plan, group, ends)
     length = config.training.seq_len // degrees.cp
     pipeline = Pipeline(plan, parts, group, hidden, length, device)

@@ -35,20 +35,22 @@ def graphs(config, n_layers):
     return counters["stats"]["unique_graphs"]
 
 
+BFLOAT16 = {"mixed_precision_param": "bfloat16"}
 COMPILED = {
-    "fsdp2": (2, job(compiled=True)),
-    "tp2": (2, job(compiled=True, tp={"tensor_parallel_degree": 2})),
-    "cp2": (2, job(compiled=True, tp={"context_parallel_degree": 2})),
-    "full ac": (1, job(compiled=True, ac="full")),
-    "by-op ac": (1, job(compiled=True, ac="selective", selective_ac_option="op")),
+    "fsdp2": (2, job(compiled=True), 1),
+    "tp2": (2, job(compiled=True, tp={"tensor_parallel_degree": 2}), 2),
+    "cp2": (2, job(compiled=True, tp={"context_parallel_degree": 2}), 1),
+    "full ac": (1, job(compiled=True, ac="full"), 1),
+    "by-op ac": (1, job(compiled=True, ac="selective", selective_ac_option="op"), 1),
+    "one rank, bfloat16": (1, job(compiled=True, training=BFLOAT16), 1),
 }
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_equal_blocks_share_one_graph(name):
-    """Else the time of a first step would grow with depth. The second graph is the loss."""
-    world_size, config = COMPILED[name]
-    assert run_ranks(graphs, world_size, config, 4, timeout=180) == [2] * world_size
+    """Else the time of a first step would grow with depth. A second graph is the loss of split logits."""
+    world_size, config, expected = COMPILED[name]
+    assert run_ranks(graphs, world_size, config, 4, timeout=180) == [expected] * world_size
 
 
 def moe_graphs(config, n_layers, n_steps):
@@ -77,18 +79,20 @@ BY_OP = {"ac": "selective", "selective_ac_option": "op"}
 EP2 = {"expert_parallel_degree": 2}
 EP2_TP2 = EP2 | {"tensor_parallel_degree": 2, "enable_sequence_parallel": False}
 MOE_GRAPHS = {
-    "one rank": (1, job(compiled=True), 3),
-    "fsdp2, by-op ac": (2, job(compiled=True, **BY_OP), 3),
-    "ep2": (2, job(compiled=True, tp=EP2), 6),
-    "ep2, full ac": (2, job(compiled=True, tp=EP2, ac="full"), 6),
-    "tp2 ep2, no sp": (2, job(compiled=True, tp=EP2_TP2), 10),
+    "one rank": (1, job(compiled=True), 2),
+    "one rank, bfloat16": (1, job(compiled=True, training=BFLOAT16), 2),
+    "fsdp2, by-op ac": (2, job(compiled=True, **BY_OP), 2),
+    "ep2": (2, job(compiled=True, tp=EP2), 5),
+    "ep2, full ac": (2, job(compiled=True, tp=EP2, ac="full"), 5),
+    "tp2 ep2, no sp": (2, job(compiled=True, tp=EP2_TP2), 8),
 }
 
 
 @pytest.mark.parametrize("name", MOE_GRAPHS)
 def test_layers_with_experts_need_few_graphs_whatever_the_routing(name):
-    """One is the loss, one the dense block, one a block with experts; an exchange cuts that into pieces.
+    """One is the dense block, one a block with experts, which an exchange cuts into pieces.
 
+    Tensor parallelism has one more, the loss of split logits.
     Two layers with experts need no more than one.
     """
     world_size, config, expected = MOE_GRAPHS[name]

@@ -120,7 +120,7 @@ class Compile:
     """Compile the components."""
 
     components: list[str] = field(default_factory=lambda: ["model", "loss"])
-    """What is compiled: model (each block), loss."""
+    """What is compiled: model (each block), loss (of logits that tensor parallelism splits)."""
 
     backend: str = "inductor"
     """Backend of torch.compile."""

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from torchtitan.config.schema import Compile
+from torchtitan.ops.cross_entropy import linear_cross_entropy
 
 
 def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile) -> None:
     """Compile the model's blocks and its loss, as `compile.components` says, in place.
+
+    The loss from chunks of logits is a kernel already; only that of split logits is compiled.
 
     `exchanging` are the MoE layers (module names) that send rows to other ranks. Their routed part
     stays out of the graph: its shapes follow the data, and experts have FSDP hooks of their own.
@@ -24,7 +27,6 @@ def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile) 
             whole = not any(layer.startswith(f"layers.{name}.") for layer in exchanging)
             # Not block.compile(): that would put the hooks FSDP adds later inside the graph.
             block.forward = torch.compile(block.forward, backend=config.backend, fullgraph=whole)
-    if "loss" in config.components and model.output is not None:
-        model.output.loss = torch.compile(
-            model.output.loss, backend=config.backend, fullgraph=True
-        )
+    head = model.output
+    if "loss" in config.components and head is not None and head.loss is linear_cross_entropy:
+        head.loss = torch.compile(head.loss, backend=config.backend, fullgraph=True)

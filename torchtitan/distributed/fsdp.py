@@ -1,7 +1,7 @@
 """Data parallelism through FSDP2: sharded, replicated, or both; and the precision policy with it.
 
-One policy holds at any world size, so a model that computes in another dtype than its weights is
-wrapped on a single rank too. Every reduction is a SUM: the loss is already divided by the tokens of
+One precision policy holds at any world size: a single rank, which has nothing to shard, casts its
+weights where they are used. Every reduction is a SUM: the loss is already divided by the tokens of
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
 from torchtitan.distributed.mesh import Meshes
+from torchtitan.distributed.parameter_views import use_cast_parameters
 from torchtitan.sharding import EXPERT_HIDDEN_DIM
 
 
@@ -68,7 +69,9 @@ def apply_fsdp(
     """
     dense = meshes.dense
     pipelined = dense["pp"].size() > 1
-    if dense.size() == dense["pp"].size() and precision.compute == precision.store and not offload:
+    if dense.size() == dense["pp"].size() and not offload:
+        if precision.compute != precision.store:
+            use_cast_parameters(model, precision.compute)
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)

@@ -25,7 +25,8 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import Parallelism
-from torchtitan.distributed.local_parameters import use_local_parameters
+from torchtitan.distributed.parameter_views import use_local_parameters
+from torchtitan.ops.cross_entropy import linear_cross_entropy
 from torchtitan.sharding import Style
 
 SEQUENCE_DIM = 1
@@ -177,6 +178,7 @@ class _Head(ParallelStyle):
         if module.weight is not None:  # a tied weight is split where it lives
             weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
             module.weight = nn.Parameter(weight)
+        module.loss = linear_cross_entropy
         module.register_forward_pre_hook(partial(_gather_head_inputs, self.given, device_mesh))
         # A copy, since FSDP's hooks and in-place changes of a view go badly together.
         module.register_forward_hook(lambda module, inputs, output: output.full_tensor().clone())

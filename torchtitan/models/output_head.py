@@ -5,19 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan.models.init import Init, Normal
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Sum over the valid labels of the cross-entropy of softmax(hidden @ weight.T), fp32 scalar.
-
-    hidden (..., D) and weight (V, D) in the compute dtype, labels (...) int64; a label of -100,
-    PyTorch's default, counts nothing, and no valid label at all gives zero. The caller divides by
-    the number of valid labels in the whole global batch, which no single call can know.
-    """
-    logits = F.linear(hidden.flatten(0, -2), weight)
-    return F.cross_entropy(logits.float(), labels.flatten(), reduction="sum")
+from torchtitan.ops.cross_entropy import chunked_linear_cross_entropy
 
 
 class OutputHead(nn.Module):
@@ -27,7 +15,7 @@ class OutputHead(nn.Module):
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
         self.inits: dict[str, Init] = {} if tied else {"weight": output_init(dim)}
-        self.loss = linear_cross_entropy
+        self.loss = chunked_linear_cross_entropy  # tensor parallelism puts its own here
 
     def forward(
         self, hidden: torch.Tensor, labels: torch.Tensor | None, tied_weight: torch.Tensor | None

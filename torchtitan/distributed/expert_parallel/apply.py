@@ -11,7 +11,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
-from torchtitan.distributed.local_parameters import use_local_parameters
+from torchtitan.distributed.parameter_views import use_local_parameters
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.sharding import EXPERT_HIDDEN_DIM, Style
 
