@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan.config.schema import ActivationCheckpoint
+from torchtitan.ops import experts as _experts  # noqa: F401 - defines the operator
 from torchtitan.routing import decide_once
 
 _ATTENTION = {
@@ -39,6 +40,11 @@ _ROUTING = {
     torch.ops.torchtitan.record_load.default,
 }
 """Routing is decided and counted once: a recomputation gets the same results."""
+
+_EXPERTS = {torch.ops.torchtitan.grouped_experts.default}
+"""Three of a layer's largest products; what they keep is small beside (ops/experts.py)."""
+
+_KEPT = _ATTENTION | _ROUTING | _EXPERTS
 
 
 def checkpoint_by_op(
@@ -109,14 +115,14 @@ def _checkpointed(self: nn.Module, *args):
 
 
 def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
-    """Keep attention's outputs, routing and every second matrix product; recompute the rest.
+    """Keep attention's outputs, routing, experts and every second matrix product; recompute the rest.
 
     Products with a weight of one of `recomputed_shapes`, (in, out), are always recomputed.
     """
     num_products: dict[bool, int] = defaultdict(int)
 
     def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        if op in _ATTENTION | _ROUTING:
+        if op in _KEPT:
             return CheckpointPolicy.MUST_SAVE
         if op is torch.ops.aten.mm.default and args[1].shape not in recomputed_shapes:
             num_products[ctx.is_recompute] += 1

@@ -55,6 +55,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=d_hidden[index * size : index * size + len(states)])
             if for_weight:
                 d_weight = _accumulate(d_weight, logits.t(), states, wide, rounds=len(parts) == 1)
+            del logits  # before the next ones
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         return torch.cat(losses).sum()
