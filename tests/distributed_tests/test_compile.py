@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from tests.distributed_tests.test_data_parallel import (
     build,
     global_batch,
+    gradients,
     job,
     num_bytes,
     saved_tensors,
@@ -122,3 +123,23 @@ def test_a_smaller_memory_budget_keeps_less():
         for name, gradient in expected.items():
             assert (gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
     assert kept[0] < kept[1] < kept[2], kept
+
+
+def loss_and_cache_hits(config):
+    """Of this rank: the loss of one global batch, and graphs taken from the cache on disk."""
+    *_, loss, norm = gradients(tiny(n_layers=1, n_heads=2, n_kv_heads=2), config)
+    return loss, norm, counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def test_a_warm_cache_gives_every_rank_its_own_code(tmp_path, monkeypatch):
+    """Graphs of a loss split over the vocabulary differ in nothing but the place of a rank's part."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = job(tp={"tensor_parallel_degree": 2})
+    compiled = replace(config, compile=Compile(enable=True, components=["loss"]))
+    plain, cold, warm = (
+        run_ranks(loss_and_cache_hits, 2, c, timeout=180) for c in (config, compiled, compiled)
+    )
+    assert [hits for *_, hits in (*cold, *warm)] == [0, 0, 1, 1]
+    for (loss, norm, _), *others in zip(plain, cold, warm, strict=True):
+        for other in others:
+            assert other[:2] == pytest.approx((loss, norm), rel=1e-5)
