@@ -24,7 +24,7 @@ def start(num_ranks: int, options: list[str], cache: str) -> dict[str, float]:
     argv = [f"--job.config_file={ROOT / CONFIG}", "--training.steps=1", *options]
     run = train(argv, num_ranks, {"TORCHINDUCTOR_CACHE_DIR": cache})
     total, parts = re.search(r"ready ([\d.]+) s from the start: (.*)", run.output).groups()
-    seconds = {name: float(value) for name, value in re.findall(r"([a-z ]+?) ([\d.]+)", parts)}
+    seconds = {name: float(value) for name, value in re.findall(r"([a-z][a-z ]*) ([\d.]+)", parts)}
     return {"total": run.seconds_to_ready, LAUNCHER: run.seconds_to_ready - float(total), **seconds}
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--extra", default="", help="more arguments for every run")
+    parser.add_argument("--extra", default="", help="more arguments for every run, as --extra=...")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     rows, found = [], []

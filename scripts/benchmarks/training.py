@@ -182,7 +182,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--traces", type=Path, help="record a step of each case, keep it there, break it down")
     parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--extra", default="", help="more arguments for every run")
+    parser.add_argument("--extra", default="", help="more arguments for every run, as --extra=...")
     return parser.parse_args()
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from tests.distributed_tests.test_data_parallel import (
+    CPU,
     build,
     global_batch,
     gradients,
@@ -100,6 +101,52 @@ def test_layers_with_experts_need_few_graphs_whatever_the_routing(name):
     for seen in run_ranks(moe_graphs, world_size, config, 3, 5, timeout=180):
         assert seen == [seen[0]] * 5, "a later step compiled something"
         assert seen[0][0] == expected, seen[0]
+
+
+def graphs_of_packed_steps(model_config, config, n_steps):
+    """Graphs after each step; documents and routing vary, validations have batches of another shape."""
+    degrees, model = build(model_config, config)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def loss(num_sequences, length):
+        tokens = torch.randint(54, (num_sequences, length), generator=generator)
+        lengths = [random_lengths(length, generator) for _ in tokens]
+        return model(tokens, tokens, model.documents(lengths, CPU))
+
+    seen = []
+    with loss_layout(degrees.tp, config.parallelism):
+        for step in range(1, n_steps + 1):
+            loss(2, 8).backward()
+            if step == 1 or step % 2 == 0:
+                model.eval()
+                with torch.no_grad():
+                    loss(3, 6)
+                model.train()
+            seen.append(counters["stats"]["unique_graphs"])
+    return seen
+
+
+def random_lengths(length, generator):
+    """Documents that fill a sequence, from one to as many as it has tokens."""
+    is_last = torch.rand(length, generator=generator) < torch.rand((), generator=generator)
+    is_last[-1] = True
+    ends = is_last.nonzero().flatten() + 1
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+PACKED = {
+    "dense": (1, tiny(n_layers=2, n_heads=2, n_kv_heads=2), job(compiled=True)),
+    "experts, ep2": (2, EXPERTS, job(compiled=True, tp=EP2)),
+    "experts, fsdp2, by-op ac": (2, EXPERTS, job(compiled=True, **BY_OP)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_nothing_is_compiled_after_three_steps_whatever_documents_and_validations(name):
+    world_size, model_config, config = PACKED[name]
+    model_config = replace(model_config, attn_mask_type="block_causal")
+    for seen in run_ranks(graphs_of_packed_steps, world_size, model_config, config, 8, timeout=180):
+        assert seen == seen[:3] + [seen[2]] * 5, "a later step compiled something"
 
 
 def budgeted(config):
