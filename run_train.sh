@@ -41,9 +41,11 @@ NNODES=${NNODES:-${PET_NNODES:-1}}
 export NGPU NNODES # the preflight checks the configuration for this many ranks
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # What torch.compile has built serves later runs, too; torch's own choice, /tmp, is emptied sooner.
-compiled=${HOME:-/nonexistent}/.cache/torchtitan/compiled
-if [[ -z ${TORCHINDUCTOR_CACHE_DIR:-} ]] && mkdir -p "$compiled" 2>/dev/null && [[ -w $compiled ]]; then
-    export TORCHINDUCTOR_CACHE_DIR=$compiled
+if [[ -z ${TORCHINDUCTOR_CACHE_DIR:-} && -n ${HOME:-} ]]; then
+    compiled=$HOME/.cache/torchtitan/compiled
+    if mkdir -p "$compiled" 2>/dev/null && [[ -w $compiled ]]; then
+        export TORCHINDUCTOR_CACHE_DIR=$compiled
+    fi
 fi
 
 for argument in "$@"; do
