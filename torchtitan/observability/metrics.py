@@ -107,6 +107,7 @@ class MetricsLogger:
             "lr": lr,
             "n_tokens_seen": n_tokens_seen,
             **self._speed(lap),
+            "forward_backward_seconds_per_step": self._forward_backward.read() / lap.num_steps,
             **self._memory.read(),
             **more,
         }
@@ -144,7 +145,6 @@ class MetricsLogger:
         speed = {
             "seconds_per_step": lap.seconds / lap.num_steps,
             "data_seconds_per_step": lap.data_seconds / lap.num_steps,
-            "forward_backward_seconds_per_step": self._forward_backward.read() / lap.num_steps,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_device": per_device,
             "tflops": full / 1e12,
