@@ -36,6 +36,7 @@ def measure(num_ranks: int, repeats: int, options: list[str]) -> dict[str, list[
             for kind in starts:
                 compiled = ["--compile.enable"] if kind != "eager" else []
                 starts[kind].append(start(num_ranks, [*compiled, *options], cache))
+                print(f"{num_ranks} ranks, {kind}: {starts[kind][-1]['total']:.1f} s", flush=True)
     return starts
 
 

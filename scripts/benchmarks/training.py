@@ -13,10 +13,12 @@ medians over the second half of its steps. Ceilings are measured in the same cal
 import argparse
 import re
 import tempfile
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from common import (
+    Run,
     RunFailed,
     Spread,
     ceilings,
@@ -32,6 +34,7 @@ import torch
 
 from breakdown import breakdown, breakdown_table
 from torchtitan.config.manager import load_config
+from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
 
 DEEPSEEK = ["--model.name=deepseek_v3", "--model.flavor=16B"]
@@ -71,59 +74,90 @@ WARM_UP, RECORDED = 2, 1
 """Steps after those measured, where one is to be recorded by the profiler."""
 
 
-def parse_layout(layout: str) -> tuple[list[str], int]:
-    """The options of a layout such as tp2ep4, and how many GPUs it takes.
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a run's model, how it is computed, and over how many GPUs."""
 
-    Experts are spread over the ranks there are: expert parallelism adds some only where they are too few.
-    """
-    parts = [(name, int(degree)) for name, degree in re.findall(r"([a-z]+)(\d+)", layout)]
-    if "".join(f"{name}{degree}" for name, degree in parts) != layout or not {*dict(parts)} <= {*LAYOUTS}:
-        raise SystemExit(f"layout {layout!r}: parts are {', '.join(LAYOUTS)}, each with a number")
-    options = [option.format(degree) for name, degree in parts for option in LAYOUTS[name]]
-    degrees = dict(parts)
-    stages, experts = degrees.pop("pp", 1), degrees.pop("ep", 1)
-    return options, stages * max(prod(degrees.values()), experts)
+    name: str
+    model: str
+    variant: str
+    recomputation: str
+    batch: int
+    degrees: dict[str, int]
+    routing: str
+
+    @classmethod
+    def parse(cls, name: str) -> "Case":
+        """From the words of the command line; raises ValueError with what is wrong."""
+        words = name.split(":")
+        routing = words.pop() if words[-1] in ROUTING else "natural"
+        if len(words) not in (4, 5):
+            raise ValueError(f"{name}: a case is model:variant:recomputation:sequences[:layout][:routing]")
+        for word, known in zip(words, (MODELS, VARIANTS, RECOMPUTATION), strict=False):
+            if word not in known:
+                raise ValueError(f"{name}: {word} is none of {', '.join(known)}")
+        layout = words[4] if len(words) == 5 else "fsdp1"
+        parts = re.findall(r"([a-z]+)(\d+)", layout)
+        if "".join(map("".join, parts)) != layout or not {part for part, _ in parts} <= {*LAYOUTS}:
+            raise ValueError(f"{name}: a layout is some of {', '.join(LAYOUTS)}, each with a degree")
+        degrees = {part: int(degree) for part, degree in parts}
+        return cls(name, *words[:3], int(words[3]), degrees, routing)
+
+    @property
+    def num_gpus(self) -> int:
+        """Experts are spread over the ranks there are, and ask for more only where they are too few."""
+        dense = prod(degree for part, degree in self.degrees.items() if part not in ("pp", "ep"))
+        return self.degrees.get("pp", 1) * max(dense, self.degrees.get("ep", 1))
+
+    @property
+    def options(self) -> list[str]:
+        layout = [o.format(degree) for part, degree in self.degrees.items() for o in LAYOUTS[part]]
+        return [
+            *MODELS[self.model], *VARIANTS[self.variant], *RECOMPUTATION[self.recomputation], *layout,
+            *ROUTING[self.routing], f"--training.local_batch_size={self.batch}",
+        ]  # fmt: skip
+
+    @property
+    def config(self) -> DecoderConfig:
+        model = load_config(MODELS[self.model]).model
+        return model_config(model.name, model.flavor, model.overrides)
 
 
-def measure(case: str, options: argparse.Namespace) -> dict[str, object]:
+def measure(case: Case, args: argparse.Namespace) -> dict[str, object]:
     """Run one case and summarise the second half of its steps."""
-    model, variant, recomputation, batch, *rest = case.split(":")
-    routing = rest.pop() if rest and rest[-1] in ROUTING else "natural"
-    layout = rest[0] if rest else "fsdp1"
-    layout_options, num_gpus = parse_layout(layout)
-    more_steps = WARM_UP + RECORDED if options.traces else 0
-    argv = [
-        *MODELS[model], *VARIANTS[variant], *RECOMPUTATION[recomputation], *layout_options, *ROUTING[routing],
-        f"--training.local_batch_size={batch}", f"--training.seq_len={options.seq_len}",
-        f"--training.steps={options.steps + more_steps}", "--debug.seed=0", *options.extra.split(),
-    ]  # fmt: skip
-    if options.traces:
+    num_steps = args.steps + (WARM_UP + RECORDED if args.traces else 0)
+    argv = [*case.options, f"--training.seq_len={args.seq_len}", f"--training.steps={num_steps}"]
+    argv += ["--debug.seed=0", *args.extra.split()]
+    if args.traces:
         argv += [
-            "--profiling.enable_profiling", f"--profiling.profile_freq={options.steps + more_steps}",
+            "--profiling.enable_profiling", f"--profiling.profile_freq={num_steps}",
             f"--profiling.profiler_warmup={WARM_UP}", f"--profiling.profiler_active={RECORDED}",
         ]  # fmt: skip
-    result: dict[str, object] = {"case": case, "model": model, "layout": layout, "num_gpus": num_gpus}
-    config = load_config(MODELS[model]).model
-    has_experts = model_config(config.name, config.flavor, config.overrides).moe is not None
-    result["routing"] = routing if has_experts else None
+    routing = case.routing if case.config.moe else None
+    result: dict[str, object] = {"case": case.name, "num_gpus": case.num_gpus, "routing": routing}
     with tempfile.TemporaryDirectory(prefix="torchtitan_benchmark_") as folder:
         try:
-            run = train(argv, num_gpus, folder=folder)
+            run = train(argv, case.num_gpus, folder=folder)
         except RunFailed as error:
             return result | {"failed": str(error)}
-        if options.traces:
-            options.traces.mkdir(parents=True, exist_ok=True)
+        if args.traces:
+            args.traces.mkdir(parents=True, exist_ok=True)
             [trace] = Path(folder).glob("profile_traces/*/rank_0.json.gz")
-            kept = options.traces / f"{case.replace(':', '-')}.json.gz"
+            kept = args.traces / f"{case.name.replace(':', '-')}.json.gz"
             kept.write_bytes(trace.read_bytes())
             result["breakdown"] = breakdown(kept)
-    records = run.records[options.steps // 2 : options.steps]
+    return result | summary(run, args.steps)
+
+
+def summary(run: Run, num_steps: int) -> dict[str, object]:
+    """Of the second half of the steps, those that were recorded left out."""
+    records = run.records[num_steps // 2 : num_steps]
 
     def spread(key: str, factor: float = 1.0) -> Spread | None:
         values = [factor * record[key] for record in records if key in record]
         return Spread.of(values) if values else None
 
-    return result | {
+    return {
         "tokens_per_second_per_gpu": spread("tokens_per_second_per_device"),
         "step_ms": spread("seconds_per_step", 1e3),
         "forward_backward_ms": spread("forward_backward_seconds_per_step", 1e3),
@@ -136,22 +170,19 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def experts_ceiling(model: str, num_tokens: int, device: str) -> dict[str, object] | None:
-    """TFLOP/s of the grouped products alone, for an expert layer of this model; None if it has none."""
-    config = load_config(MODELS[model]).model
-    config = model_config(config.name, config.flavor, config.overrides)
-    if config.moe is None:
-        return None
-    moe, num_rows = config.moe, num_tokens * config.moe.top_k
-    shape = (moe.num_experts, config.dim, moe.ffn_dim)
-    w2 = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    w13 = torch.randn(moe.num_experts, 2 * moe.ffn_dim, config.dim, device=device, dtype=torch.bfloat16)
+def experts_ceiling(case: Case, seq_len: int, device: str) -> dict[str, object]:
+    """TFLOP/s of the grouped products alone, of a layer of this case's experts and a microbatch."""
+    moe, dim = case.config.moe, case.config.dim
+    num_rows = case.batch * seq_len * moe.top_k
+    w2 = torch.randn(moe.num_experts, dim, moe.ffn_dim, device=device, dtype=torch.bfloat16)
+    w13 = torch.randn(moe.num_experts, 2 * moe.ffn_dim, dim, device=device, dtype=torch.bfloat16)
     works = {"products": grouped_products(w13, w2, num_rows)}
-    milliseconds = Spread.of(
-        take_turns(works, device, warm_up=3, rounds=1, repeats=20 if device == "cuda" else 1)["products"]
-    )
-    tflops = 18 * num_rows * config.dim * moe.ffn_dim / milliseconds.median / 1e9
-    return {"model": model, "tokens": num_tokens, "ms": milliseconds, "tflops": tflops}
+    repeats = 20 if device == "cuda" else 1
+    times = take_turns(works, device, warm_up=repeats // 5, rounds=1, repeats=repeats)
+    ms = Spread.of(times["products"])
+    tflops = 18 * num_rows * dim * moe.ffn_dim / ms.median / 1e9
+    print(f"{case.model}, {case.batch} x {seq_len} tokens: {tflops:.4g} TFLOP/s for its grouped products alone")
+    return {"model": case.model, "rows": num_rows, "ms": ms, "tflops": tflops}
 
 
 def print_cases(results: list[dict]) -> None:
@@ -175,32 +206,34 @@ def print_cases(results: list[dict]) -> None:
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    names = {"models": MODELS, "variants": VARIANTS, "recomputation": RECOMPUTATION}
-    known = "; ".join(f"{kind} {', '.join(table)}" for kind, table in names.items())
-    parser.add_argument("cases", nargs="+", metavar="case", help=known)
+    names = {"models": MODELS, "variants": VARIANTS, "recomputation": RECOMPUTATION, "layouts": LAYOUTS}
+    known = "; ".join(f"{kind}: {', '.join(values)}" for kind, values in names.items())
+    parser.add_argument("words", nargs="+", metavar="case", help=known)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--traces", type=Path, help="record a step of each case, keep it there, break it down")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--extra", default="", help="more arguments for every run, as --extra=...")
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        args.cases = [Case.parse(name) for name in args.words]
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
-    options, device = arguments(), pick_device()
+    args, device = arguments(), pick_device()
     found = ceilings(device)
-    sizes = {(case.split(":")[0], int(case.split(":")[3]) * options.seq_len) for case in options.cases}
-    experts = [experts_ceiling(*size, device) for size in sorted(sizes)]
-    found["experts"] = [ceiling for ceiling in experts if ceiling is not None]
-    for c in found["experts"]:
-        print(f"{c['model']}, {c['tokens']} tokens: {c['tflops']:.4g} TFLOP/s for its grouped products alone")
+    with_experts = {(case.model, case.batch): case for case in args.cases if case.config.moe}
+    found["experts"] = [experts_ceiling(case, args.seq_len, device) for case in with_experts.values()]
     if device == "cuda":
         torch.cuda.empty_cache()  # the runs need it
     results = []
-    for case in options.cases:
-        results.append(result := measure(case, options))
-        print(f"{case}: {result.get('failed', 'done')}", flush=True)
-        write_report(options.json, device, ceilings=found, cases=results)
+    for case in args.cases:
+        results.append(result := measure(case, args))
+        print(f"{case.name}: {result.get('failed', 'done')}", flush=True)
+        write_report(args.json, device, ceilings=found, cases=results)
     print_cases(results)
     recorded = {r["case"]: r["breakdown"] for r in results if "breakdown" in r}
     if recorded:

@@ -29,7 +29,7 @@ def report_of(name, folder, *arguments):
 
 
 def test_training(tmp_path):
-    cases = ["debug:eager:none:1", "debug_moe:eager:op:1:tp2ep2:forced", "debug:eager:none:1:tp3"]
+    cases = ["debug:eager:none:1", "debug_moe:eager:op:1:tp2ep2:forced", "debug:eager:none:0"]
     traces = f"--traces={tmp_path / 'traces'}"
     sizes = ["--steps=2", "--seq-len=16", traces, "--extra=--training.mixed_precision_param=float32"]
     report = report_of("training", tmp_path, *cases, *sizes)
@@ -38,7 +38,7 @@ def test_training(tmp_path):
     dense, experts, failed = report["cases"]
     assert (dense["num_gpus"], dense["routing"]) == (1, None)
     assert (experts["num_gpus"], experts["routing"]) == (2, "forced")
-    assert "This run cannot start" in failed["failed"] or "tensor_parallel_degree" in failed["failed"]
+    assert "training.local_batch_size = 0" in failed["failed"]
     for case in (dense, experts):
         whole, part = case["step_ms"]["median"], case["forward_backward_ms"]["median"]
         assert 0 < part < whole and case["memory_gib"] > 0.1 and case["breakdown"]["step_ms"] > 0
@@ -46,6 +46,26 @@ def test_training(tmp_path):
         "debug-eager-none-1.json.gz",
         "debug_moe-eager-op-1-tp2ep2-forced.json.gz",
     ]
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [("l8b", "a case is"), ("debug:eager:some:1", "some is none of"), ("debug:eager:none:1:xy2", "a layout")],
+)
+def test_wrong_cases_are_refused(monkeypatch, case, wrong):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    with pytest.raises(ValueError, match=f"^{case}: {wrong}"):
+        Case.parse(case)
+
+
+def test_experts_add_gpus_only_where_they_are_more_than_the_ranks(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    layouts = {"ep2": 2, "tp2ep2": 2, "fsdp2tp2ep8pp2": 16, "kv2tp2": 4, "fsdp1": 1}
+    assert {l: Case.parse(f"q6:compile:op:1:{l}").num_gpus for l in layouts} == layouts
 
 
 def test_moe_layer(tmp_path):
