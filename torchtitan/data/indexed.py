@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import zstandard
 
 from torchtitan.config.faults import ConfigError, Fault
@@ -76,7 +78,14 @@ def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
     for path in paths:
         try:
             files.append(_open(path, text_key))
-        except (OSError, ValueError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            zlib.error,
+            zstandard.ZstdError,
+            pyarrow.ArrowException,
+        ) as error:
             faults.append(
                 Fault(setting, f"cannot be read: {error}.", "Repair or remove the file.", str(path))
             )
@@ -116,25 +125,16 @@ def _decompress(opener: Callable, path: Path, target: Path) -> None:
 
 def _unpack_parquet(path: Path, text_key: str, target: Path) -> None:
     """Write the texts as lines of JSON: rows of a column store cannot be fetched singly."""
-    import pyarrow.parquet  # takes a seventh of a second, and few runs need it
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table, open(target, "w", encoding="utf-8") as lines:
-            _check_column(table.schema_arrow, text_key)
-            for rows in table.iter_batches(batch_size=1024, columns=[text_key]):
-                lines.writelines(
-                    json.dumps({text_key: text}) + "\n" for text in rows.column(0).to_pylist()
-                )
-    except pyarrow.ArrowException as error:  # some of them are nothing else
-        raise ValueError(str(error)) from error
-
-
-def _check_column(schema: "pyarrow.Schema", text_key: str) -> None:
-    """Raise ValueError where there is no such column of texts."""
-    if text_key not in schema.names:
-        raise ValueError(
-            f"there is no column {text_key!r}, only {', '.join(map(repr, schema.names))}"
-        )
-    kind = schema.field(text_key).type
-    if str(kind) not in ("string", "large_string"):
-        raise ValueError(f"column {text_key!r} holds {kind}, not text")
+    with pyarrow.parquet.ParquetFile(path) as table, open(target, "w", encoding="utf-8") as lines:
+        columns = table.schema_arrow.names
+        if text_key not in columns:
+            raise ValueError(
+                f"there is no column {text_key!r}, only {', '.join(map(repr, columns))}"
+            )
+        kind = table.schema_arrow.field(text_key).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"column {text_key!r} holds {kind}, not text")
+        for rows in table.iter_batches(batch_size=1024, columns=[text_key]):
+            lines.writelines(
+                json.dumps({text_key: text}) + "\n" for text in rows.column(0).to_pylist()
+            )
