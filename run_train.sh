@@ -12,6 +12,7 @@
 #   NNODES         machines (default 1); if more, start this script on each with the same
 #   RDZV_ENDPOINT  host:port where they meet (or MASTER_ADDR and MASTER_PORT, default port 29500)
 #   RDZV_ID        name of the run, if several meet there
+#   TORCHINDUCTOR_CACHE_DIR  where compiled code is kept (default ~/.cache/torchtitan/compiled)
 # torchrun's own PET_* variables work too.
 #
 # Relative paths in the configuration are the repository's; CONFIG_FILE may be the caller's.
@@ -39,6 +40,13 @@ NGPU=${NGPU:-${PET_NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}}
 NNODES=${NNODES:-${PET_NNODES:-1}}
 export NGPU NNODES # the preflight checks the configuration for this many ranks
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+# What torch.compile has built serves later runs, too; torch's own choice, /tmp, is emptied sooner.
+if [[ -z ${TORCHINDUCTOR_CACHE_DIR:-} && -n ${HOME:-} ]]; then
+    compiled=$HOME/.cache/torchtitan/compiled
+    if mkdir -p "$compiled" 2>/dev/null && [[ -w $compiled ]]; then
+        export TORCHINDUCTOR_CACHE_DIR=$compiled
+    fi
+fi
 
 for argument in "$@"; do
     if [[ $argument == --help || $argument == -h ]]; then

@@ -14,6 +14,7 @@ from torchtitan.distributed.comm import (
 from torchtitan.dry_run import dry_run
 from torchtitan.host_memory import keep_freed_memory
 from torchtitan.logging import init_logger, logger
+from torchtitan.observability.clock import StartClock
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
 from torchtitan.preflight import prepare, prepare_again, report, world_size_asked_for
@@ -22,6 +23,8 @@ from torchtitan.trainer import Trainer
 
 def main(argv: Sequence[str]) -> int:
     """Train as `argv` says; returns the exit status."""
+    start = StartClock()
+    start.done("imports")
     init_logger()
     world = World.from_environment()
     device = pick_device(world)
@@ -38,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         if world.rank == 0:
             report(error, argv)
         return EXIT_CONFIG
+    start.done("checks")
     stop = StopRequest(config.checkpoint.max_run_seconds)
     resumable = config.checkpoint.enable and not config.checkpoint.load_only
     if resumable:
@@ -52,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
                 report(error, argv)
             status = EXIT_CONFIG
         else:
-            done = Trainer(setup, world, device, watchdog, stop).run()
+            start.done("process group")
+            done = Trainer(setup, world, device, watchdog, stop, start).run()
             status = 0 if done else EXIT_START_AGAIN
     # Not within: without an agent, watchdogs speak through a store of rank 0, which ends after this.
     destroy_process_group()

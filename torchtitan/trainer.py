@@ -27,6 +27,7 @@ from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
+from torchtitan.observability.clock import StartClock
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.optim.nonfinite import NonFiniteGuard
@@ -48,9 +49,10 @@ class Trainer:
         device: torch.device,
         watchdog: Watchdog,
         stop: StopRequest | None = None,
+        start: StartClock | None = None,
     ):
         self.setup, self.world, self.device, self.watchdog = setup, world, device, watchdog
-        self.stop = stop or StopRequest()
+        self.stop, self.start = stop or StopRequest(), start or StartClock()
         self.stopping = False  # what the ranks have agreed on
         self.config = config = resolved_config(setup)
         self.step = setup.progress.get("step", 0)
@@ -86,6 +88,7 @@ class Trainer:
             save_config(config)
         for line in describe(config, setup.degrees, self.precision, self.model, self.optimizer):
             logger.info(line)
+        self.start.done("model and data")
 
     def run(self) -> bool:
         """Train to the last step, until the data ends, or until told to stop; whether all is done."""
@@ -109,6 +112,9 @@ class Trainer:
                 self.step += 1
                 done = self.step == num_steps
                 self._train_step(batch)
+                if self.step == first:
+                    self.start.done("first step")
+                    logger.info(f"ready {self.start.report()}")
                 self._validate()
                 self._save(last=done)
                 self._collect_garbage()
@@ -148,7 +154,8 @@ class Trainer:
     def _train_step(self, batch: Batch) -> None:
         degrees, batch = self.setup.degrees, batch.cut(self.part)
         num_tokens = self._over_ranks(batch.num_valid_tokens)
-        loss = self._forward_backward(batch, num_tokens) / degrees.tp
+        with self.metrics.forward_backward():
+            loss = self._forward_backward(batch, num_tokens) / degrees.tp
 
         self.watchdog.mark(self.step, "optimizer")
         norm, loss = global_grad_norm(self.model.parameters(), loss, degrees.stage_size)

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import Spread, device_name, synchronize, table, write_report
+
 import torch
 
 from torchtitan.checkpoint import storage
@@ -59,7 +61,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, list[float]]:
     result: dict[str, list[float]] = {"stall": [], "save": [], "check": [], "load": []}
     for step in range(1, args.repeats + 2):
         shutil.rmtree(manager.folder, ignore_errors=True)
-        _synchronize(device)
+        synchronize(device.type)
         start = time.perf_counter()
         manager.save(step, {})
         result["stall"].append(time.perf_counter() - start)
@@ -73,7 +75,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, list[float]]:
         result["check"].append(time.perf_counter() - start)
         start = time.perf_counter()
         manager.load(checkpoint)
-        _synchronize(device)
+        synchronize(device.type)
         result["load"].append(time.perf_counter() - start)
     size = storage.total_bytes(storage.read_manifest(checkpoint)["files"].values()) / GIB
     shutil.rmtree(folder)
@@ -82,46 +84,36 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, list[float]]:
     return result | first | {"gib": [size], "host_gib": [peak - before]}
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def _spread(seconds: list[float]) -> str:
-    if not seconds:
-        return ""
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--factor", type=int, default=64, help="rows of every tensor are 1 / factor")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where to write (default: the temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--mode", choices=MODES, help="measure one, and print JSON")
     args = parser.parse_args()
     if args.mode is not None:
         print(json.dumps(measure(args.mode, args)))
         return
     device = pick_device(World())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"Llama 3 8B / {args.factor}, {args.dtype}, on {name}; median (least-most) of {args.repeats}")
-    print("| mode | GiB | stall, s | first | whole save, s | GiB/s | host memory, GiB |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"Llama 3 8B / {args.factor}, {args.dtype}, on {device_name(device.type)}, {args.repeats} repeats")
+    rows, results = [], {}
     for mode in MODES if device.type == "cuda" else MODES[:-1]:
         command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        found = results[mode] = json.loads(run.stdout)
         size = found["gib"][0]
-        rate = size / statistics.median(found["save"])
-        print(
-            f"| {mode} | {size:.2f} | {_spread(found['stall'])} | {found['first_stall'][0]:.2f} "
-            f"| {_spread(found['save'])} | {rate:.2f} | {found['host_gib'][0]:.2f} |",
-            flush=True,
+        rows.append(
+            [mode, f"{size:.2f}", format(Spread.of(found["stall"]), ".2f"), f"{found['first_stall'][0]:.2f}"]
+            + [format(Spread.of(found["save"]), ".2f"), f"{size / statistics.median(found['save']):.2f}"]
+            + [f"{found['host_gib'][0]:.2f}"]
         )
-        if mode == "disabled":
-            reading = f"checksums {_spread(found['check'])} s, then load {_spread(found['load'])} s"
-    print(f"Reading: {reading}")
+    headings = ("mode", "GiB", "stall, s", "first", "whole save, s", "GiB/s", "host memory, GiB")
+    print(table(headings, rows))
+    check, load = (Spread.of(results["disabled"][key]) for key in ("check", "load"))
+    print(f"Reading: checksums {check:.2f} s, then load {load:.2f} s")
+    write_report(args.json, device.type, results=results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast does training run on a CPU? torchtitan beside a plain loop over transformers' Llama.
 
-    python scripts/benchmarks/cpu_throughput.py --output cpu_throughput.json
+    python scripts/benchmarks/cpu_throughput.py --json cpu_throughput.json
 
 Both train the llama3 debug model's shape in fp32: the same batch, AdamW (fused) and clipping, no
 recomputation. Ours is the whole program (data, metrics, checks); the other side gets a loop with
@@ -11,23 +11,22 @@ every other round, so that a change of the machine's load meets both. Warm-up is
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
+
+from common import ROOT, Spread, table, train, write_report
 
 import torch
 import torch.nn.functional as F
 
 from torchtitan.models.llama3 import FLAVORS
 
-ROOT = Path(__file__).resolve().parents[2]
-LOG_FREQ = 10
-"""Steps between readings of the clock, on both sides; those up to the first are warm-up."""
+WARM_UP = 10
+"""Steps that are not counted, on both sides."""
 
 
 def main() -> None:
@@ -41,31 +40,29 @@ def main() -> None:
         for side in sorted(sides, reverse=index % 2 == 1):
             figures[side].append(sides[side](args))
             print(f"run {index + 1} {side}: {_tokens_per_second(figures[side][-1]):,.0f} tokens/s")
-    report = summary(args, figures)
-    print(table(report))
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    rates = {side: Spread.of(map(_tokens_per_second, runs)) for side, runs in figures.items()}
+    memory = {side: statistics.median(run["memory_gib"] for run in runs) for side, runs in figures.items()}
+    rows = [[side, format(rates[side], ",.0f"), f"{memory[side]:.2f}"] for side in sides]
+    print(table(("", "tokens/s", "memory, GiB"), rows))
+    speedup = rates["torchtitan"].median / rates["transformers"].median
+    print(f"torchtitan / transformers, medians of {args.runs} runs: {speedup:.3f}")
+    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()}
+    write_report(args.json, "cpu", machine=machine, speedup=speedup, rates=rates, runs=figures)
 
 
 def run_torchtitan(args: argparse.Namespace) -> dict:
     """One run of the real program, measured by its own metrics.jsonl."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            "job.config_file": ROOT / "train_configs/llama3/debug_model.toml",
-            "job.dump_folder": folder,
-            "metrics.log_freq": LOG_FREQ,
-            "training.steps": args.steps,
-            "training.local_batch_size": args.batch_size,
-            "training.seq_len": args.seq_len,
-            "training.mixed_precision_param": "float32",
-            "activation_checkpoint.mode": "none",
-        }
-        flags = [f"--{key}={value}" for key, value in settings.items()]
-        _output_of([sys.executable, "-m", "torchtitan.train", *flags])
-        lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    settings = {
+        "job.config_file": ROOT / "train_configs/llama3/debug_model.toml",
+        "training.steps": args.steps,
+        "training.local_batch_size": args.batch_size,
+        "training.seq_len": args.seq_len,
+        "training.mixed_precision_param": "float32",
+        "activation_checkpoint.mode": "none",
+    }
+    records = train([f"--{key}={value}" for key, value in settings.items()]).records
     return {
-        "seconds_per_step": [r["seconds_per_step"] for r in records if r["step"] > LOG_FREQ],
+        "seconds_per_step": [r["seconds_per_step"] for r in records[WARM_UP:]],
         "tokens_per_step": args.batch_size * args.seq_len,
         "memory_gib": records[-1]["memory"],
     }
@@ -74,7 +71,8 @@ def run_torchtitan(args: argparse.Namespace) -> dict:
 def run_transformers(args: argparse.Namespace) -> dict:
     flags = ["--steps", args.steps, "--batch-size", args.batch_size, "--seq-len", args.seq_len]
     command = [sys.executable, __file__, "--only=transformers", *map(str, flags)]
-    return json.loads(_output_of(command).splitlines()[-1])
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def train_transformers(args: argparse.Namespace) -> dict:
@@ -84,20 +82,19 @@ def train_transformers(args: argparse.Namespace) -> dict:
     vocab_size = model.config.vocab_size
     batches = torch.randint(vocab_size, (args.steps, args.batch_size, args.seq_len + 1))
     seconds, start = [], time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
+    for batch in batches:
         logits = model(input_ids=batch[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % LOG_FREQ == 0:
-            loss.item()
-            now = time.perf_counter()
-            seconds.append((now - start) / LOG_FREQ)
-            start = now
+        loss.item()
+        now = time.perf_counter()
+        seconds.append(now - start)
+        start = now
     return {
-        "seconds_per_step": seconds[1:],
+        "seconds_per_step": seconds[WARM_UP:],
         "tokens_per_step": args.batch_size * args.seq_len,
         "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
@@ -136,57 +133,8 @@ def _transformers_llama() -> torch.nn.Module:
     return model
 
 
-def summary(args: argparse.Namespace, figures: dict[str, list[dict]]) -> dict:
-    import transformers
-
-    sides = {}
-    for side, runs in figures.items():
-        rates = [_tokens_per_second(run) for run in runs]
-        sides[side] = {
-            "tokens_per_second": statistics.median(rates),
-            "lowest": min(rates),
-            "highest": max(rates),
-            "memory_gib": statistics.median(run["memory_gib"] for run in runs),
-            "runs": runs,
-        }
-    rates = [sides[side]["tokens_per_second"] for side in ("torchtitan", "transformers")]
-    return {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "sides": sides,
-        "speedup": rates[0] / rates[1],
-    }
-
-
-def table(report: dict) -> str:
-    lines = [f"{'':14}{'tokens/s':>10}{'lowest':>10}{'highest':>10}{'memory GiB':>12}"]
-    for side, row in report["sides"].items():
-        rates = (row["tokens_per_second"], row["lowest"], row["highest"])
-        lines.append(
-            f"{side:14}" + "".join(f"{x:10,.0f}" for x in rates) + f"{row['memory_gib']:12.2f}"
-        )
-    runs = report["settings"]["runs"]
-    lines.append(f"torchtitan / transformers, medians of {runs} runs: {report['speedup']:.3f}")
-    return "\n".join(lines)
-
-
 def _tokens_per_second(run: dict) -> float:
     return run["tokens_per_step"] / statistics.fmean(run["seconds_per_step"])
-
-
-def _output_of(command: list[str]) -> str:
-    """Standard output of a run; where it fails, all that it said."""
-    run = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    if run.returncode:
-        sys.exit(f"{' '.join(command)} ended with status {run.returncode}:\n{run.stderr}")
-    return run.stdout
 
 
 def _arguments() -> argparse.Namespace:
@@ -195,7 +143,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40, help="steps of a run, of which 10 warm up")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--only", choices=["transformers"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

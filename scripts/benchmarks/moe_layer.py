@@ -10,12 +10,10 @@ version has separate gate and up products and a scatter-add combine. Variants ta
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from common import Spread, ceilings, grouped_products, pick_device, synchronize, table, take_turns, write_report
 
 import torch
 import torch.nn.functional as F
@@ -64,26 +62,6 @@ class PlainMoE(nn.Module):
         return torch.zeros_like(tokens).scatter_add(0, index, y).view_as(x)
 
 
-def products_alone(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
-    """The experts' grouped products, forward and backward, on loads as even as can be."""
-    w13, w2 = moe.experts.w13.detach().flatten(1, 2), moe.experts.w2.detach()
-    ends = torch.linspace(0, num_rows, config.num_experts + 1, device=w2.device)[1:].int()
-    rows, z, act = (
-        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
-        for width in (w2.shape[1], w13.shape[1], w2.shape[2])
-    )
-
-    def run():
-        F.grouped_mm(rows, w13.mT, offs=ends)
-        F.grouped_mm(act, w2.mT, offs=ends)
-        F.grouped_mm(rows, w2, offs=ends)
-        F.grouped_mm(z, w13, offs=ends)
-        F.grouped_mm(rows.t(), act, offs=ends)
-        F.grouped_mm(z.t(), rows, offs=ends)
-
-    return run
-
-
 def dense_product(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
     """The same work: nine products of (T * K, D) and (D, F)."""
     w2 = moe.experts.w2.detach()
@@ -113,19 +91,6 @@ def step_of(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callab
     return lambda: torch.autograd.grad(layer(x), leaves, upstream)
 
 
-def milliseconds(work: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        work()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
-
-
 def peak_gib(work: Callable[[], object], device: str) -> float | None:
     """Most memory allocated at a time beyond what was there before, weights and input."""
     if device == "cpu":
@@ -133,7 +98,7 @@ def peak_gib(work: Callable[[], object], device: str) -> float | None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
-    torch.cuda.synchronize()
+    synchronize(device)
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
@@ -168,25 +133,20 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
         layers |= {"ours compiled": torch.compile(moe), "plain compiled": torch.compile(plain)}
     num_rows = args.tokens * config.top_k
     works = {variant: step_of(layer, x, upstream) for variant, layer in layers.items()}
-    works["products"] = products_alone(moe, config, num_rows)
+    experts = moe.experts
+    works["products"] = grouped_products(experts.w13.detach().flatten(1, 2), experts.w2.detach(), num_rows)
     works["dense"] = dense_product(moe, config, num_rows)
-    for work in works.values():
-        for _ in range(args.warm_up):
-            work()
-    times = {variant: [] for variant in works}
-    for _ in range(args.rounds):
-        for variant, work in works.items():
-            times[variant] += [milliseconds(work, args.device) for _ in range(args.repeats)]
+    times = take_turns(
+        works, args.device, warm_up=args.warm_up, rounds=args.rounds, repeats=args.repeats
+    )
     expected = plain(x).detach().double()
     operations = 18 * num_rows * shape["dim"] * config.ffn_dim
     results = []
     for variant, work in works.items():
         layer = layers.get(variant)
-        tenths = statistics.quantiles(times[variant], n=10)
+        ms = Spread.of(times[variant])
         result = {"shape": name, "routing": routing, "variant": variant, "tokens": args.tokens}
-        result["ms"] = statistics.median(times[variant])
-        result |= {"ms_p10": tenths[0], "ms_p90": tenths[-1]}
-        result["tflops"] = operations / result["ms"] / 1e9
+        result |= {"ms": ms, "tflops": operations / ms.median / 1e9}
         if layer is not None:
             error = (layer(x).detach().double() - expected).norm() / expected.norm()
             result |= {"peak_gib": peak_gib(work, args.device), "saved_mib": saved_mib(layer, x)}
@@ -195,26 +155,21 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     return results
 
 
-def table(results: list[dict]) -> str:
-    lines = [
-        "| shape | routing | layer | ms (p10 to p90) | TFLOP/s | peak GiB | saved MiB | vs plain |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def print_results(results: list[dict]) -> None:
+    rows = []
     for r in results:
-        time_cell = f"{r['ms']:.2f} ({r['ms_p10']:.2f} to {r['ms_p90']:.2f})"
-        cells = [r["shape"], r["routing"], r["variant"], time_cell, f"{r['tflops']:.4g}"]
+        cells = [r["shape"], r["routing"], r["variant"], format(r["ms"], ".2f"), f"{r['tflops']:.4g}"]
         for key, form in {"peak_gib": ".2f", "saved_mib": ".1f", "difference": ".1e"}.items():
-            value = r.get(key)
-            cells.append("" if value is None else format(value, form))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells.append(format(r[key], form) if r.get(key) is not None else None)
+        rows.append(cells)
+    headings = ("shape", "routing", "layer", "ms", "TFLOP/s", "peak GiB", "saved MiB", "vs plain")
+    print(table(headings, rows))
 
 
 def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device)
+    parser.add_argument("--device", default=pick_device())
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["q30b", "ds16b"])
     parser.add_argument("--routing", nargs="+", default=["natural", "balanced"])
     parser.add_argument("--tokens", type=int, default=32768)
@@ -231,18 +186,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
-    name = name or "CPU"
-    print(f"{name}, torch {torch.__version__}, {args.tokens} tokens, bfloat16", flush=True)
+    found = ceilings(args.device)
+    print(f"{args.tokens} tokens, bfloat16", flush=True)
     results = []
     for shape in args.shapes:
         for routing in args.routing:
             results += measure(shape, routing, args)
             torch.compiler.reset()
-    print(table(results))
-    if args.json:
-        report = {"device": name, "torch": torch.__version__, "results": results}
-        args.json.write_text(json.dumps(report, indent=1))
+    print_results(results)
+    write_report(args.json, args.device, ceilings=found, results=results)
 
 
 if __name__ == "__main__":

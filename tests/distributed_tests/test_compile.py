@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from tests.distributed_tests.test_data_parallel import (
+    CPU,
     build,
     global_batch,
+    gradients,
     job,
     num_bytes,
     saved_tensors,
@@ -101,6 +103,52 @@ def test_layers_with_experts_need_few_graphs_whatever_the_routing(name):
         assert seen[0][0] == expected, seen[0]
 
 
+def graphs_of_packed_steps(model_config, config, n_steps):
+    """Graphs after each step; documents and routing vary, validations have batches of another shape."""
+    degrees, model = build(model_config, config)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+
+    def loss(num_sequences, length):
+        tokens = torch.randint(54, (num_sequences, length), generator=generator)
+        lengths = [random_lengths(length, generator) for _ in tokens]
+        return model(tokens, tokens, model.documents(lengths, CPU))
+
+    seen = []
+    with loss_layout(degrees.tp, config.parallelism):
+        for step in range(1, n_steps + 1):
+            loss(2, 8).backward()
+            if step == 1 or step % 2 == 0:
+                model.eval()
+                with torch.no_grad():
+                    loss(3, 6)
+                model.train()
+            seen.append(counters["stats"]["unique_graphs"])
+    return seen
+
+
+def random_lengths(length, generator):
+    """Documents that fill a sequence, from one to as many as it has tokens."""
+    is_last = torch.rand(length, generator=generator) < torch.rand((), generator=generator)
+    is_last[-1] = True
+    ends = is_last.nonzero().flatten() + 1
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
+
+
+PACKED = {
+    "dense": (1, tiny(n_layers=2, n_heads=2, n_kv_heads=2), job(compiled=True)),
+    "experts, ep2": (2, EXPERTS, job(compiled=True, tp=EP2)),
+    "experts, fsdp2, by-op ac": (2, EXPERTS, job(compiled=True, **BY_OP)),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_nothing_is_compiled_after_three_steps_whatever_documents_and_validations(name):
+    world_size, model_config, config = PACKED[name]
+    model_config = replace(model_config, attn_mask_type="block_causal")
+    for seen in run_ranks(graphs_of_packed_steps, world_size, model_config, config, 8, timeout=180):
+        assert seen == seen[:3] + [seen[2]] * 5, "a later step compiled something"
+
+
 def budgeted(config):
     """Bytes kept for backward, and the gradients."""
     _, model = build(tiny(n_layers=1), config)
@@ -122,3 +170,23 @@ def test_a_smaller_memory_budget_keeps_less():
         for name, gradient in expected.items():
             assert (gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
     assert kept[0] < kept[1] < kept[2], kept
+
+
+def loss_and_cache_hits(config):
+    """Of this rank: the loss of one global batch, and graphs taken from the cache on disk."""
+    *_, loss, norm = gradients(tiny(n_layers=1, n_heads=2, n_kv_heads=2), config)
+    return loss, norm, counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def test_a_warm_cache_gives_every_rank_its_own_code(tmp_path, monkeypatch):
+    """Graphs of a loss split over the vocabulary differ in nothing but the place of a rank's part."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = job(tp={"tensor_parallel_degree": 2})
+    compiled = replace(config, compile=Compile(enable=True, components=["loss"]))
+    plain, cold, warm = (
+        run_ranks(loss_and_cache_hits, 2, c, timeout=180) for c in (config, compiled, compiled)
+    )
+    assert [hits for *_, hits in (*cold, *warm)] == [0, 0, 1, 1]
+    for (loss, norm, _), *others in zip(plain, cold, warm, strict=True):
+        for other in others:
+            assert other[:2] == pytest.approx((loss, norm), rel=1e-5)

@@ -57,6 +57,20 @@ def test_the_callers_config_file_is_found_from_anywhere(tmp_path):
     assert (status, "job.misspelt" in output) == (2, True), output
 
 
+def test_compiled_code_is_kept_at_home_where_that_can_be_written_to(tmp_path):
+    """Else, and where the user names a folder, it stays as it is: empty is torch's own choice."""
+    (tmp_path / "tells.py").write_text("import os; print('[', os.environ['TORCHINDUCTOR_CACHE_DIR'], ']')")
+    (tmp_path / "file").touch()
+    module = {"PYTHONPATH": str(tmp_path), "TRAIN_FILE": "tells", "NGPU": "1"}
+    for home, named, expected in (
+        (tmp_path, "", tmp_path / ".cache/torchtitan/compiled"),
+        (tmp_path / "file", "", ""),
+        (tmp_path, "elsewhere", "elsewhere"),
+    ):
+        status, output = _run(**module, HOME=str(home), TORCHINDUCTOR_CACHE_DIR=named)
+        assert (status, f"[ {expected} ]" in output) == (0, True), output
+
+
 def test_several_nodes_need_a_place_to_meet():
     status, output = _run(NNODES="2", NGPU="1")
     assert (status, "RDZV_ENDPOINT" in output) == (2, True), output

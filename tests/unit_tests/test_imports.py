@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "routing": {"ops"},
 }
 HEAVY = ["torchao", "datasets", "wandb", "transformers", "tensorboard", "torchvision", "pandas"]
+HEAVY += ["huggingface_hub", "torch._inductor.compile_fx", "torch.testing._internal.common_utils"]
 
 
 def _imports(path: Path) -> Iterator[str]:

@@ -41,7 +41,8 @@ def parallelize(
     set_memory_budget(config.activation_checkpoint)
     exchanging = _named(styles, Style.REGION) if degrees.ep > 1 else []
     checkpoint_by_op(model, exchanging, config.activation_checkpoint)
-    apply_compile(model, exchanging, config.compile)
+    place = f"rank {dist.get_rank()} of {degrees}"
+    apply_compile(model, exchanging, config.compile, place)
     checkpoint_blocks(model.layers, config.activation_checkpoint)
     reshard = config.parallelism.fsdp_reshard_after_forward
     offload = config.training.enable_cpu_offload

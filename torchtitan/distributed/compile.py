@@ -9,16 +9,21 @@ from torchtitan.config.schema import Compile
 from torchtitan.ops.cross_entropy import linear_cross_entropy
 
 
-def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile) -> None:
+def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile, place: str) -> None:
     """Compile the model's blocks and its loss, as `compile.components` says, in place.
 
     The loss from chunks of logits is a kernel already; only that of split logits is compiled.
 
+    `place` is this rank's in the layout; code cached by another place is not taken for its own.
     `exchanging` are the MoE layers (module names) that send rows to other ranks. Their routed part
     stays out of the graph: its shapes follow the data, and experts have FSDP hooks of their own.
     """
     if not config.enable:
         return
+    # Graphs of DTensors hold a rank's offsets and groups as constants, and torch's cache on disk, which
+    # knows a graph by its mesh, would give one rank the code of another: losses are wrong from the second
+    # start on (seen on 2.13 with a loss split over the vocabulary).
+    torch.compiler.config.cache_key_tag = place
     if "model" in config.components:
         for name in exchanging:
             layer = model.get_submodule(name)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -206,10 +207,12 @@ def _varlen_mask_of_span(
 
 def _offsets(counts: list[int], device: torch.device) -> torch.Tensor:
     offsets = np.cumsum([0, *counts])
-    # Empty documents at the end: the tensor's size changes seldom, so compiled blocks do too.
+    # Empty documents at the end: the tensor's size changes seldom.
     padded = 64 * -(-len(offsets) // 64)
     offsets = np.pad(offsets, (0, padded - len(offsets)), mode="edge").astype(np.int32)
-    return torch.from_numpy(offsets).to(device)
+    offsets = torch.from_numpy(offsets).to(device)
+    torch._dynamo.maybe_mark_dynamic(offsets, 0)  # and compiled blocks never for its sake
+    return offsets
 
 
 def _chunks(length: int, chunk: int | None) -> Iterator[int]:

@@ -14,7 +14,7 @@ import torch
 
 from torchtitan.config.schema import Metrics
 from torchtitan.logging import logger
-from torchtitan.observability.clock import Lap, StepClock
+from torchtitan.observability.clock import DeviceTimer, Lap, StepClock
 from torchtitan.observability.console import training_line, validation_line
 from torchtitan.observability.memory import MemoryMonitor
 from torchtitan.observability.peak_flops import peak_flops
@@ -52,6 +52,7 @@ class MetricsLogger:
         self._color = not config.disable_color_printing
         self._sinks: list[Sink] = []
         self._clock = StepClock(0)
+        self._forward_backward = DeviceTimer(device)
         self._peak_flops = None
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
@@ -70,6 +71,10 @@ class MetricsLogger:
     def loading_data(self) -> AbstractContextManager[None]:
         """Put around the wait for a batch."""
         return self._clock.loading_data()
+
+    def forward_backward(self) -> AbstractContextManager[None]:
+        """Put around the forward and backward passes of a step."""
+        return self._forward_backward.running()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -90,7 +95,10 @@ class MetricsLogger:
         n_tokens_seen: int,
         **more: float,
     ) -> None:
-        """Report training step `step`; `more` goes to the files but not to the console."""
+        """Report training step `step`; `more` goes to the files but not to the console.
+
+        That `loss` is known means that forward and backward are over, on a GPU too.
+        """
         lap = self._clock.lap(step)
         record = {
             "step": step,
@@ -99,6 +107,7 @@ class MetricsLogger:
             "lr": lr,
             "n_tokens_seen": n_tokens_seen,
             **self._speed(lap),
+            "forward_backward_seconds_per_step": self._forward_backward.read() / lap.num_steps,
             **self._memory.read(),
             **more,
         }

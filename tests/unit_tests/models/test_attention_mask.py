@@ -1,7 +1,10 @@
 """Which tokens see which, in every form that a kernel takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from torchtitan.models.attention import attend
 from torchtitan.models.attention_mask import (
@@ -113,3 +116,14 @@ def test_the_varlen_kernel_is_told_of_each_span_where_its_queries_see_keys():
 def test_limits_beyond_the_sequence_are_none():
     assert Pattern(window=16, chunk=17).within(16) == Pattern()
     assert Pattern(window=15, chunk=8).within(16) == Pattern(window=15, chunk=8)
+
+
+def test_any_number_of_documents_has_the_same_compiled_code():
+    """Of the varlen kernel, whose offsets are as many as there are documents, rounded up."""
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda x, mask: x + mask.offsets.sum(), backend=graphs)
+    for num_documents in (3, 70, 200, 10, 130):
+        mask = _varlen_mask([[1] * num_documents], Pattern(), [range(num_documents)], CPU)
+        mask = replace(mask, max_length=256, max_keys=256)  # the sequence's
+        assert compiled(torch.zeros(1), mask).item() == mask.offsets.sum()
+    assert graphs.frame_count == 1

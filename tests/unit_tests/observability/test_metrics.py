@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from torchtitan.config.schema import Metrics
 from torchtitan.logging import logger
-from torchtitan.observability.clock import StepClock
+from torchtitan.observability.clock import DeviceTimer, StartClock, StepClock
 from torchtitan.observability.console import training_line, validation_line
 from torchtitan.observability.metrics import MetricsLogger, Workload
 
@@ -86,7 +87,7 @@ def test_a_record_has_every_field_and_its_figures_fit_together(tmp_path):
     _, record = lines(tmp_path)
     assert set(record) == {
         "step", "loss", "grad_norm", "lr", "n_tokens_seen", "seconds_per_step",
-        "data_seconds_per_step", "tokens_per_second", "tokens_per_second_per_device", "tflops",
+        "data_seconds_per_step", "forward_backward_seconds_per_step", "tokens_per_second", "tokens_per_second_per_device", "tflops",
         "memory", "memory_percent", "router_entropy", "time",
     }  # fmt: skip
     expected = {"step": 5, "loss": 2.0, "grad_norm": 0.5, "lr": 2e-3, "n_tokens_seen": 300}
@@ -173,6 +174,25 @@ def test_time_paused_or_before_a_resume_is_not_training_time():
     assert (lap.num_steps, lap.seconds, lap.data_seconds) == (5, 20.0, 0.0)
     assert lap.wall_seconds_per_step == 10.0
     assert clock.lap(108).wall_seconds_per_step == 10.0  # (70 - 10) s over 6 steps
+
+
+def test_the_timer_of_forward_and_backward_counts_from_reading_to_reading():
+    timer = DeviceTimer(CPU, now=iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0]).__next__)
+    for expected in (5.0, 1.0):
+        for _ in range(2 if expected == 5.0 else 1):
+            with timer.running():
+                pass
+        assert timer.read() == expected
+    assert timer.read() == 0.0
+
+
+def test_the_parts_of_a_start_add_up_from_the_start_of_the_process():
+    clock = StartClock()
+    clock.done("imports")
+    clock.done("checks")
+    total, imports, checks = map(float, re.findall(r"\d+\.\d+", clock.report()))
+    assert clock.report().endswith(f"s from the start: imports {imports:.2f}, checks {checks:.2f}")
+    assert total == pytest.approx(imports + checks, abs=0.02) and imports > 0.2 > checks
 
 
 def test_a_failing_pause_ends():

@@ -1,0 +1,203 @@
+"""What the benchmarks share: ceilings of this machine, timing, real runs of training, tables, reports."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # this repository's torchtitan, installed or not
+
+Work = Callable[[], object]
+
+
+def pick_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(work: Work, device: str) -> float:
+    """What one call takes; on a GPU between two events in its stream."""
+    if device == "cpu":
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def take_turns(
+    works: Mapping[str, Work], device: str, *, warm_up: int, rounds: int, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every repeat; each round lets all run, so that a slow moment meets all."""
+    for work in works.values():
+        for _ in range(warm_up):
+            work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name] += [milliseconds(work, device) for _ in range(repeats)]
+    return times
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated measurements: the median, and what nine of ten stay above and below."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Spread":
+        values = list(values)
+        tenths = statistics.quantiles(values * 2 if len(values) == 1 else values, n=10, method="inclusive")
+        return cls(statistics.median(values), tenths[0], tenths[-1])
+
+    def scaled(self, factor: float) -> "Spread":
+        return Spread(*(factor * value for value in (self.median, self.low, self.high)))
+
+    def __format__(self, form: str) -> str:
+        return f"{self.median:{form}} ({self.low:{form}} to {self.high:{form}})"
+
+
+def ceilings(device: str) -> dict[str, Any]:
+    """TFLOP/s of a large matrix product and TB/s of a large copy, read and write counted; medians.
+
+    On a GPU 8192^3 in bf16 and 2 GiB; on a CPU smaller and in fp32.
+    """
+    size, dtype, length = (8192, torch.bfloat16, 2**29) if device == "cuda" else (512, torch.float32, 2**22)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source, target = (torch.randn(length, device=device) for _ in range(2))
+    works = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    times = take_turns(works, device, warm_up=3, rounds=1, repeats=20)
+    found = {
+        "matmul": f"{size}^3 {dtype}".replace("torch.", ""),
+        "matmul_tflops": 2 * size**3 / statistics.median(times["product"]) / 1e9,
+        "copy_tb_per_s": 2 * source.nbytes / statistics.median(times["copy"]) / 1e9,
+    }
+    print(
+        f"{device_name(device)}, torch {torch.__version__}: {found['matmul_tflops']:.4g} TFLOP/s for "
+        f"{found['matmul']}, {found['copy_tb_per_s']:.3g} TB/s copied",
+        flush=True,
+    )
+    return found
+
+
+def grouped_products(w13: torch.Tensor, w2: torch.Tensor, num_rows: int) -> Work:
+    """The grouped products of experts alone, forward and backward, on loads as even as can be.
+
+    w13 (E, 2F, D), w2 (E, D, F). 18 * rows * D * F operations.
+    """
+    num_experts, dim, ffn_dim = w2.shape
+    ends = torch.linspace(0, num_rows, num_experts + 1, device=w2.device)[1:].int()
+    rows, z, act = (
+        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
+        for width in (dim, 2 * ffn_dim, ffn_dim)
+    )
+
+    def run():
+        F.grouped_mm(rows, w13.mT, offs=ends)
+        F.grouped_mm(act, w2.mT, offs=ends)
+        F.grouped_mm(rows, w2, offs=ends)
+        F.grouped_mm(z, w13, offs=ends)
+        F.grouped_mm(rows.t(), act, offs=ends)
+        F.grouped_mm(z.t(), rows, offs=ends)
+
+    return run
+
+
+class RunFailed(Exception):
+    """A run of training did not end well; the message is what it said last."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of torchtitan.train that ended well."""
+
+    records: list[dict[str, Any]]
+    """Its training records, by step."""
+    output: str
+    seconds_to_ready: float
+    """From starting the first process to the end of the first step."""
+
+
+def train(
+    argv: Sequence[str], num_ranks: int = 1, environment: Mapping[str, str] | None = None, folder: str = ""
+) -> Run:
+    """Train in processes of their own, as run_train.sh starts them; every step is logged.
+
+    The run's files go to `folder`, or are deleted where none is given. Raises RunFailed.
+    """
+    if not folder:
+        with tempfile.TemporaryDirectory(prefix="torchtitan_benchmark_") as folder:
+            return train(argv, num_ranks, environment, folder)
+    launcher = f"torchtitan.launcher --nproc-per-node {num_ranks} --local-ranks-filter 0 --role rank "
+    launcher += "--tee 3 --rdzv-backend c10d --rdzv-endpoint localhost:0 -m"
+    command = [sys.executable, "-m", *(launcher.split() if num_ranks > 1 else []), "torchtitan.train"]
+    command += [*argv, f"--job.dump_folder={folder}", "--metrics.log_freq=1"]
+    defaults = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "NGPU": str(num_ranks)}
+    start, ready, lines = time.perf_counter(), 0.0, []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | defaults | dict(environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if not ready and "s from the start: " in line:
+                ready = time.perf_counter() - start
+    if process.returncode:
+        errors = [line for line in lines if "Error" in line] or lines
+        raise RunFailed(f"status {process.returncode}: {''.join(errors[-3:])[-500:]}")
+    text = Path(folder, "metrics.jsonl").read_text()
+    records = [record for record in map(json.loads, text.splitlines()) if "loss" in record]
+    return Run(records, "".join(lines), ready)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; None is an empty cell."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(
+        f"| {' | '.join('' if cell is None else str(cell) for cell in line)} |" for line in lines
+    )
+
+
+def write_report(path: Path | None, device: str, **results: object) -> None:
+    """Write what was measured, on what and when, as JSON; without a path, nothing."""
+    if path is None:
+        return
+    report = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+    }
+    path.write_text(json.dumps(report | results, indent=1, default=vars) + "\n")

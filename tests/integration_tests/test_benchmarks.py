@@ -1,0 +1,155 @@
+"""The benchmark scripts run, at their smallest, and say what they promise; traces are read rightly."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.integration_tests.run_tests import REPO
+
+BENCHMARKS = REPO / "scripts" / "benchmarks"
+
+
+def run_script(name, *arguments):
+    """Its report and its output."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def report_of(name, folder, *arguments):
+    out = run_script(name, *arguments, f"--json={folder / 'report.json'}")
+    assert out.count("| --- |") >= 1
+    report = json.loads((folder / "report.json").read_text())
+    assert {"device", "torch", "time", "command"} <= set(report)
+    return report
+
+
+def test_training(tmp_path):
+    cases = ["debug:eager:none:1", "debug_moe:eager:op:1:tp2ep2:forced", "debug:eager:none:0"]
+    traces = f"--traces={tmp_path / 'traces'}"
+    sizes = ["--steps=2", "--seq-len=16", traces, "--extra=--training.mixed_precision_param=float32"]
+    report = report_of("training", tmp_path, *cases, *sizes)
+    assert report["ceilings"]["matmul_tflops"] > 0
+    assert [ceiling["model"] for ceiling in report["ceilings"]["experts"]] == ["debug_moe"]
+    dense, experts, failed = report["cases"]
+    assert (dense["num_gpus"], dense["routing"]) == (1, None)
+    assert (experts["num_gpus"], experts["routing"]) == (2, "forced")
+    assert "training.local_batch_size = 0" in failed["failed"]
+    for case in (dense, experts):
+        whole, part = case["step_ms"]["median"], case["forward_backward_ms"]["median"]
+        assert 0 < part < whole and case["memory_gib"] > 0.1 and case["breakdown"]["step_ms"] > 0
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
+        "debug-eager-none-1.json.gz",
+        "debug_moe-eager-op-1-tp2ep2-forced.json.gz",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [("l8b", "a case is"), ("debug:eager:some:1", "some is none of"), ("debug:eager:none:1:xy2", "a layout")],
+)
+def test_wrong_cases_are_refused(monkeypatch, case, wrong):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    with pytest.raises(ValueError, match=f"^{case}: {wrong}"):
+        Case.parse(case)
+
+
+def test_experts_add_gpus_only_where_they_are_more_than_the_ranks(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    layouts = {"ep2": 2, "tp2ep2": 2, "fsdp2tp2ep8pp2": 16, "kv2tp2": 4, "fsdp1": 1}
+    assert {l: Case.parse(f"q6:compile:op:1:{l}").num_gpus for l in layouts} == layouts
+
+
+def test_moe_layer(tmp_path):
+    sizes = ["--shapes=small", "--tokens=4", "--routing=natural", "--no_compile", "--warm_up=0"]
+    report = report_of("moe_layer", tmp_path, *sizes, "--rounds=1", "--repeats=2")
+    variants = {result["variant"]: result for result in report["results"]}
+    assert {"ours", "plain", "products", "dense"} <= set(variants)
+    assert variants["ours"]["difference"] < 0.02
+
+
+def test_data_loading(tmp_path):
+    sizes = ["--batches=2", "--batch-size=2", "--seq-len=64", "--documents=20", "--workers", 0, 1]
+    results = report_of("data_loading", tmp_path, *sizes)["results"]
+    assert [(r["source"], r.get("workers")) for r in results] == [
+        ("tokenizer alone", None), ("text", 0), ("text", 1), ("tokens", 0), ("tokens", 1),
+    ]  # fmt: skip
+
+
+def test_startup(tmp_path):
+    small = "--model.overrides.n_layers=1 --compile.backend=aot_eager --training.seq_len=16"
+    report = report_of("startup", tmp_path, "--repeats=1", f"--extra={small}")
+    starts = {start["start"]: start["starts"][0] for start in report["starts"]}
+    assert list(starts) == ["eager", "compiled, cold", "compiled, warm"]
+    for start in starts.values():
+        parts = sum(seconds for part, seconds in start.items() if part != "total")
+        assert parts == pytest.approx(start["total"], abs=0.1)
+
+
+def test_checkpoint(tmp_path):
+    report = report_of("checkpoint", tmp_path, "--factor=16384", "--repeats=1", f"--folder={tmp_path}")
+    assert set(report["results"]) == {"disabled", "async"}
+
+
+def event(cat, name, start, length, tid=1, **arguments):
+    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": length, "tid": tid, "args": arguments}
+
+
+def launch(number, start, *kernel, tid=1):
+    """A kernel, and what launched it."""
+    yield event("cuda_runtime", "cudaLaunchKernel", start, 1, tid, correlation=number)
+    yield event("kernel", *kernel, tid=7, correlation=number)
+
+
+GPU_STEP = [
+    event("user_annotation", "ProfilerStep#10", 0, 1000),
+    event("user_annotation", "FSDP::all_gather_copy_in", 0, 50),
+    *launch(1, 10, "multi_tensor_apply_kernel<copy>", 100, 10),
+    *launch(2, 60, "nvjet_hsh_256x128", 110, 100),
+    event("cpu_op", "aten::_grouped_mm", 200, 50),
+    *launch(3, 210, "cutlass::device_kernel<GroupProblemShape>", 210, 40),
+    *launch(4, 300, "ncclDevKernel_AllGather", 240, 30),  # 10 of it under the grouped product
+    event("user_annotation", "Optimizer.step#AdamW.step", 400, 90),
+    *launch(5, 410, "multi_tensor_apply_kernel<FusedAdam>", 300, 20),
+    *launch(6, 500, "triton_poi_fused_mul_silu_1", 320, 5),
+    *launch(7, 600, "pytorch_flash::flash_bwd", 325, 25),
+    *launch(8, 700, "triton_red_fused__log_softmax_2", 350, 50),
+    event("gpu_memset", "Memset (Device)", 390, 10, 7),
+]
+OF_GPU = {
+    "FSDP copies and casts": 10, "dense GEMM": 100, "grouped GEMM": 40, "communication": 30,
+    "clip and optimizer": 20, "attention": 25, "loss": 50, "norms and elementwise": 15,
+}  # fmt: skip
+CPU_STEP = [
+    event("user_annotation", "ProfilerStep#10", 0, 200),
+    event("cpu_op", "aten::linear", 0, 100),
+    event("cpu_op", "aten::mm", 10, 80),
+    event("cpu_op", "aten::_scaled_dot_product_flash_attention_for_cpu", 120, 40),
+    event("cpu_op", "aten::empty", 130, 10),
+]
+OF_CPU = {"dense GEMM": 80, "attention": 40, "norms and elementwise": 20}
+
+
+@pytest.mark.parametrize(
+    ("events", "kinds", "alone", "idle", "step"),
+    [(GPU_STEP, OF_GPU, 20, 30, 300), (CPU_STEP, OF_CPU, 0, 20, 160)],
+)
+def test_a_trace_is_broken_down_by_kind_of_work(tmp_path, events, kinds, alone, idle, step):
+    """Each kernel and operator counts once; what waits for communication and idles is told apart."""
+    trace, out = tmp_path / "trace.json.gz", tmp_path / "sums.json"
+    with gzip.open(trace, "wt") as file:
+        json.dump({"traceEvents": [*events, {"ph": "i", "name": "an instant"}]}, file)
+    assert "| ms a step |" in run_script("breakdown", trace, "--top=3", f"--json={out}")
+    [sums] = json.loads(out.read_text()).values()
+    found = {kind: 1e3 * ms for kind, ms in sums["kinds_ms"].items() if ms}
+    assert found == pytest.approx(kinds)
+    found = [1e3 * sums[key] for key in ("exposed_communication_ms", "idle_ms", "step_ms")]
+    assert found == pytest.approx([alone, idle, step])
