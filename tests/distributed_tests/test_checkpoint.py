@@ -185,7 +185,7 @@ def save_while_training_goes_on(folder):
 
 def staged_at(m):
     """Where in host memory the copies are."""
-    mapping = m.writer._stager._state_dict_stager._cached_storage_mapping
+    mapping = m.writer._stager._cached_storage_mapping
     return {storage.data_ptr() for storage in mapping.values()}
 
 

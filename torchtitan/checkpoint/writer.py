@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
+# Private, as of 2.11 and 2.13: the public DefaultStager of 2.11 forgets its buffer and fails the second time.
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchtitan.checkpoint import storage
 from torchtitan.distributed.comm import new_background_group
@@ -71,14 +74,8 @@ class CheckpointWriter:
             return
         self._group = new_background_group()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        pinned = async_mode == "async_with_pinned_mem"
-        options = StagingOptions(
-            use_pinned_memory=pinned,
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=pinned,
-        )
-        self._stager = DefaultStager(options)
+        self._pinned = async_mode == "async_with_pinned_mem"
+        self._stager = StateDictStager(pin_memory=self._pinned)
 
     def write(self, job: Job, in_background: bool) -> None:
         """Write and publish a checkpoint; in the background it is finished some time later.
@@ -90,7 +87,9 @@ class CheckpointWriter:
         if self._group is None or not in_background:
             _write(job, None)
             return
-        staged = replace(job, state=self._stager.stage(job.state))
+        staged = replace(job, state=self._stager.stage(job.state, non_blocking=self._pinned))
+        if self._pinned:
+            torch.accelerator.synchronize()
         self._pending = self._thread.submit(_write, staged, self._group)
         logger.info(
             f"step {job.step} is being saved; training stood still for {job.seconds:.2f} s"
