@@ -35,9 +35,8 @@ class ExpertLoad:
             if hasattr(layer, "tokens_per_expert")
         }
         self.degrees = degrees
-        # Tensor-parallel ranks may have routed, and counted, the same tokens.
-        own_tokens = degrees.route_own_tokens(parallelism.enable_sequence_parallel)
-        self.copies = 1 if own_tokens else degrees.tp
+        # Ranks that route the same tokens also count the same.
+        self.copies = degrees.routing_copies(parallelism.enable_sequence_parallel)
         if self.names:
             moe = config.moe
             self.balanced = moe.load_balance_coeff > 0

@@ -31,6 +31,7 @@ from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer, build_tokenizer, check_tokenizer
 from torchtitan.distributed.async_tensor_parallel import check_async_tensor_parallel
 from torchtitan.distributed.comm import World, pick_device
+from torchtitan.distributed.expert_parallel.dispatchers import check_comm_backend
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.logging import init_logger
 from torchtitan.models.decoder import DecoderConfig
@@ -83,6 +84,7 @@ def prepare(
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
+    attempt(check_comm_backend, config.parallelism, device, world_size)
     attempt(_check_saving, config.checkpoint, world_size, device)
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
     if model and tokenizer:

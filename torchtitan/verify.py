@@ -148,7 +148,7 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
     rank, training, parallelism = dist.get_rank(), config.training, config.parallelism
     part = sequence_part(parallelism, degrees, rank)
     recorder = Recorder(model, training.global_batch_size) if recorded is None else None
-    split = degrees.tp if degrees.route_own_tokens(parallelism.enable_sequence_parallel) else 1
+    split = degrees.tp // degrees.routing_copies(parallelism.enable_sequence_parallel)
     replayer = Replayer(model, part, split, rank % split, recorded or {})
     expert_load = ExpertLoad(model, case.model_config, degrees, parallelism)
     losses, norms, gradients, loads = [], [], [], []

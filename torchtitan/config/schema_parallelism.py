@@ -74,8 +74,11 @@ class Parallelism:
     expert_tensor_parallel_degree: int = 1
     """Ranks that each expert is split over: 1, or the tensor-parallel degree."""
 
-    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
-    """How tokens reach their experts: PyTorch's all-to-all, or DeepEP."""
+    expert_parallel_comm_backend: Literal["standard", "deepep", "symmetric_memory"] = "standard"
+    """How tokens reach their experts: PyTorch's all-to-all, DeepEP, or (ours) memory that GPUs share."""
+
+    symmetric_memory_capacity_factor: float = 2.0
+    """Ours. Rows that a rank's experts have room for, over the mean; more end the run."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def parallelize(
         if config.parallelism.enable_async_tensor_parallel:
             enable_async_tensor_parallel(meshes.dense["tp"])
     if max(degrees.tp, degrees.ep, degrees.cp) > 1:
-        apply_expert_parallel(model, styles, degrees, meshes, sequence_parallel)
+        apply_expert_parallel(model, styles, degrees, meshes, config, precision.compute)
     if degrees.cp > 1:
         part = sequence_part(config.parallelism, degrees, dist.get_rank())
         apply_context_parallel(model, part, meshes.cp, config.parallelism)

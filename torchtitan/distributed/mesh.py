@@ -108,6 +108,10 @@ class Degrees:
         """
         return sequence_parallel and self.ep > 1 and self.etp == 1
 
+    def routing_copies(self, sequence_parallel: bool) -> int:
+        """Ranks of a tensor-parallel group that route the same tokens: one, or all of them."""
+        return 1 if self.route_own_tokens(sequence_parallel) else self.tp
+
     def meshes(self, device_type: str) -> Meshes:
         """The ranks as DeviceMeshes; neighbouring ranks share tp, then cp, or ep; pp comes last."""
         fsdp = self.dp_shard * self.cp

@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
-from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
-from torchtitan.distributed.parameter_views import use_local_parameters
+from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.expert_parallel.dispatchers import set_dispatchers
 from torchtitan.distributed.mesh import Degrees, Meshes
+from torchtitan.distributed.parameter_views import use_local_parameters
 from torchtitan.sharding import EXPERT_HIDDEN_DIM, Style
 
 
@@ -21,24 +22,30 @@ def apply_expert_parallel(
     styles: dict[str, Style],
     degrees: Degrees,
     meshes: Meshes,
-    sequence_parallel: bool,
+    config: JobConfig,
+    dtype: torch.dtype,
 ) -> None:
-    """Spread experts' weights over ep and etp ranks and set the layers' dispatchers, in place."""
+    """Spread experts' weights over ep and etp ranks and set the layers' dispatchers, in place.
+
+    Layers compute in `dtype`.
+    """
     mesh, placements = _placements(degrees, meshes)
-    own_tokens = degrees.route_own_tokens(sequence_parallel)
+    copies = degrees.routing_copies(config.parallelism.enable_sequence_parallel)
     axes = [meshes.cp] if degrees.cp > 1 else []
-    axes += [meshes.dense["tp"]] if own_tokens and degrees.tp > 1 else []
+    axes += [meshes.dense["tp"]] if copies < degrees.tp else []
+    layers = []
     for name, style in styles.items():
         module = model.get_submodule(name)
         if style is Style.EXPERTS and mesh.size() > 1:
             _distribute(module, mesh, placements)
         elif style is Style.REGION:
-            module.load_copies = 1 if own_tokens else degrees.tp
+            layers.append(module)
+            module.load_copies = copies
             if axes:
                 module.sequence_parts = math.prod(axis.size() for axis in axes)
                 module.sum_counts = partial(_sum_over, [axis.get_group() for axis in axes])
-            if degrees.ep > 1:
-                _set_dispatcher(module, degrees, meshes, own_tokens)
+    if degrees.ep > 1:
+        set_dispatchers(layers, degrees, meshes, config, dtype)
 
 
 def _placements(degrees: Degrees, meshes: Meshes) -> tuple[DeviceMesh, tuple[Placement, ...]]:
@@ -67,17 +74,3 @@ def _sum_over(groups: list[dist.ProcessGroup], counts: torch.Tensor) -> torch.Te
     for group in groups:
         dist.all_reduce(counts, group=group)
     return counts
-
-
-def _set_dispatcher(
-    layer: nn.Module, degrees: Degrees, meshes: Meshes, own_tokens: bool
-) -> None:
-    # With etp = tp each rank sends all tokens to the ranks that hold its own part of the experts.
-    slices = degrees.tp if degrees.etp == 1 and not own_tokens else 1
-    layer.dispatcher = AllToAllTokenDispatcher(
-        meshes.experts["ep"],
-        layer.dispatcher.num_experts,
-        layer.dispatcher.score_before_experts,
-        sp_size=slices,
-        sp_rank=meshes.dense["tp"].get_local_rank() if slices > 1 else 0,
-    )

@@ -1,0 +1,192 @@
+"""Bringing tokens to experts and back, forward and backward: each dispatcher's time, side by side.
+
+    python -m torch.distributed.run --nproc-per-node 2 scripts/benchmarks/dispatcher.py
+    python scripts/benchmarks/dispatcher.py                   # one GPU: the local dispatcher
+    python scripts/benchmarks/dispatcher.py --small           # a rehearsal on a CPU
+
+"exchange" is dispatch and combine alone, "layer" is with the experts between. T tokens of each rank,
+K experts a token, D model width, F expert width, E experts: qwen3 30B-A3B's, in bf16. "random" routing draws
+experts, "skewed" draws some twice as often as others. Dispatchers take turns; of each the slowest
+rank's median is shown, and its 10th and 90th percentile. GB/s counts the rows that leave a rank, with
+every choice of a token a row: 4 * T * K * D * 2 * (ranks - 1) / ranks bytes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
+from torchtitan.distributed.expert_parallel.peer_exchange import PeerExchange, Sizes
+from torchtitan.distributed.expert_parallel.peer_memory import SymmetricMemory
+from torchtitan.distributed.expert_parallel.symmetric_memory import SymmetricMemoryTokenDispatcher
+from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
+from torchtitan.models.moe.experts import GroupedExperts
+
+SMALL = {"tokens": 64, "top_k": 2, "dim": 64, "num_experts": 8, "ffn_dim": 32, "repeats": 3}
+
+
+def build(args: argparse.Namespace, device: torch.device) -> dict[str, TokenDispatcher]:
+    world = dist.get_world_size()
+    if world == 1:
+        return {"local": LocalTokenDispatcher(args.num_experts, score_before_experts=False)}
+    mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("ep",))
+    dispatchers = {"standard": AllToAllTokenDispatcher(mesh, args.num_experts, False)}
+    open_memory = partial(SymmetricMemory, mesh.get_group(), device=device)
+    for factor in args.capacity_factors if device.type == "cuda" else ():
+        sizes = Sizes(world, args.tokens, args.top_k, args.dim, args.num_experts, factor)
+        exchange = PeerExchange(sizes, torch.bfloat16, open_memory)
+        ours = SymmetricMemoryTokenDispatcher(exchange, args.num_experts, False)
+        dispatchers[f"symmetric_memory, {factor:g}"] = ours
+    return dispatchers
+
+
+def draw(routing: str, args: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
+    options = {"device": device, "generator": generator}
+    x = torch.randn(args.tokens, args.dim, **options).bfloat16()
+    weights = torch.ones(args.tokens, args.num_experts, device=device)
+    if routing == "skewed":
+        weights[:, : args.num_experts // 4] = 2
+    ids = torch.multinomial(weights, args.top_k, generator=generator)
+    scores = torch.rand(args.tokens, args.top_k, **options)
+    return [x.requires_grad_(), scores.requires_grad_(), ids]
+
+
+def step_of(
+    dispatcher: TokenDispatcher, experts: GroupedExperts | None, tensors: list[torch.Tensor]
+) -> Callable[[], object]:
+    x, scores, ids = tensors
+    leaves = [x, *([scores, *experts.parameters()] if experts else [])]
+    upstream = torch.randn_like(x)
+
+    def step():
+        rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
+        if experts is not None:
+            rows = experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
+        out = dispatcher.combine(rows, metadata, x)
+        return torch.autograd.grad(out, leaves, upstream)
+
+    return step
+
+
+def milliseconds(work: Callable[[], object], device: torch.device) -> float:
+    """From a moment when all ranks are ready, until this rank's device is done."""
+    dist.barrier()
+    if device.type == "cpu":
+        start = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_gib(work: Callable[[], object], device: torch.device) -> float:
+    """Most memory allocated at a time beyond what was there before; 0 on a CPU."""
+    if device.type == "cpu":
+        return 0.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def measure(routing: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    world, tensors = dist.get_world_size(), draw(routing, args, device)
+    experts = GroupedExperts(args.dim, args.ffn_dim, args.num_experts // world, 0.02)
+    for weight in experts.to(device, torch.bfloat16).parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    dispatchers = build(args, device)
+    works = {
+        (what, name): step_of(dispatcher, of, tensors)
+        for what, of in (("exchange", None), ("layer", experts))
+        for name, dispatcher in dispatchers.items()
+    }
+    for work in works.values():
+        for _ in range(args.warm_up):
+            work()
+    times = {key: [] for key in works}
+    for _ in range(args.rounds):
+        for key, work in works.items():
+            times[key] += [milliseconds(work, device) for _ in range(args.repeats)]
+    expected = {what: next(iter(of())) for (what, _), of in reversed(works.items())}
+    moved = 4 * args.tokens * args.top_k * args.dim * 2 * (world - 1) / world
+    results = []
+    for (what, name), work in works.items():
+        found, gib = work(), peak_gib(work, device)
+        tenths = statistics.quantiles(times[what, name], n=10)
+        mine = torch.tensor([statistics.median(times[what, name]), tenths[0], tenths[-1], gib])
+        of_ranks = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(of_ranks, mine)
+        ms, p10, p90, gib = max(of_ranks, key=lambda of_rank: of_rank[0].item()).tolist()
+        result = {"routing": routing, "what": what, "dispatcher": name, "ms": ms}
+        result |= {"ms_p10": p10, "ms_p90": p90, "gb_per_s": moved / ms / 1e6, "peak_gib": gib}
+        difference = (found[0].double() - expected[what].double()).norm()
+        results.append(result | {"difference": difference.item()})
+    return results
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| routing | what | dispatcher | ms (p10 to p90) | GB/s | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        cells = [r["routing"], r["what"], r["dispatcher"]]
+        cells.append(f"{r['ms']:.2f} ({r['ms_p10']:.2f} to {r['ms_p90']:.2f})")
+        cells += [f"{r['gb_per_s']:.0f}", f"{r['peak_gib']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    sizes = {"tokens": 16384, "top_k": 8, "dim": 2048, "num_experts": 128, "ffn_dim": 768}
+    for key, default in (sizes | {"warm_up": 3, "rounds": 4, "repeats": 10}).items():
+        parser.add_argument(f"--{key}", type=int, default=default)
+    parser.add_argument("--routing", nargs="+", default=["random", "skewed"])
+    parser.add_argument("--capacity_factors", nargs="+", type=float, default=[1.25, 2.0])
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    args = parser.parse_args()
+    for key, value in SMALL.items() if args.small else ():
+        setattr(args, key, value)
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    on_gpu, rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    options = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    options |= {"device_id": device} if on_gpu else {}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **options)
+    results = [result for routing in args.routing for result in measure(routing, args, device)]
+    if dist.get_rank() == 0:
+        name = torch.cuda.get_device_name() if on_gpu else "CPU"
+        world = dist.get_world_size()
+        print(f"{world} ranks on {name}, torch {torch.__version__}, {args.tokens} tokens each, bfloat16")
+        print(table(results))
+        if args.json:
+            report = {"device": name, "ranks": world, "torch": torch.__version__, "results": results}
+            args.json.write_text(json.dumps(report, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

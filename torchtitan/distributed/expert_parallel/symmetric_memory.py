@@ -1,0 +1,94 @@
+"""The symmetric-memory token dispatcher: GPUs of one host read and write each other's memory.
+
+T tokens, K top-k, D model, e local experts, R rows that this rank has room for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from torchtitan import routing
+from torchtitan.distributed.expert_parallel.peer_exchange import (
+    PeerExchange,
+    place,
+    to_rows,
+    to_tokens,
+)
+
+
+@dataclass(frozen=True)
+class SymmetricMemoryMetadata:
+    """What `combine` and the experts must know of one `dispatch`."""
+
+    original_num_tokens: int
+    """T"""
+    own: slice
+    """Which of the T tokens this rank dispatched."""
+    targets: torch.Tensor
+    """(ranks, tokens, K) int32: see `Placement`."""
+    routed_scores: torch.Tensor | None
+    """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
+    gathered_from: None = None
+    """Received rows cannot be gathered again: backward keeps them."""
+
+
+class SymmetricMemoryTokenDispatcher:
+    """Takes the rows of this rank's experts out of all ranks' memory, and puts results back there.
+
+    The host never learns how many rows there are: R is fixed, and what lies behind the last received
+    row is undefined. Where a rank would receive more than R, all outputs of its group become NaN, so
+    that no step is taken with them. With sp_size > 1 all ranks of a tensor-parallel group hold the same
+    T tokens; each dispatches a slice, and the outputs of the group add up to the whole.
+    """
+
+    def __init__(
+        self,
+        exchange: PeerExchange,
+        num_experts: int,
+        score_before_experts: bool,
+        sp_size: int = 1,
+        sp_rank: int = 0,
+    ):
+        self.exchange = exchange
+        self.num_experts = num_experts
+        self.score_before_experts = score_before_experts
+        self.sp_size = sp_size
+        self.sp_rank = sp_rank
+        self.peak_received_bytes: int | torch.Tensor = 0  # since whoever reports it set this to 0
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, SymmetricMemoryMetadata]:
+        """x (T, D), top_scores (T, K) fp32, selected_experts_indices (T, K) int64.
+
+        Returns routed_input (R, D) sorted by local expert, num_tokens_per_expert (e,) int64, metadata.
+        """
+        size, sizes = -(-len(x) // self.sp_size), self.exchange.sizes
+        own = slice(min(self.sp_rank * size, len(x)), min((self.sp_rank + 1) * size, len(x)))
+        if size > sizes.num_tokens:
+            raise ValueError(f"{size} tokens at a time, and memory for {sizes.num_tokens} was set up")
+        scores = top_scores[own]
+        placement = place(self.exchange, selected_experts_indices[own])
+        row_bytes = x.shape[1] * x.itemsize
+        received = placement.most_rows * row_bytes
+        self.peak_received_bytes = received.clamp(min=self.peak_received_bytes)
+        if sizes.num_rows < sizes.worst_case:
+            missing = placement.most_rows > sizes.num_rows
+            scores = scores + scores.new_zeros(()).masked_fill(missing, float("nan"))
+        rows, scores = to_rows(self.exchange, x[own], scores, placement.targets)
+        if self.score_before_experts:
+            rows, scores = routing.weight(rows, scores), None
+        metadata = SymmetricMemoryMetadata(len(x), own, placement.targets, scores)
+        return rows, placement.num_tokens_per_expert, metadata
+
+    def combine(
+        self, routed_output: torch.Tensor, metadata: SymmetricMemoryMetadata, x: torch.Tensor
+    ) -> torch.Tensor:
+        """routed_output (R, D), weighted; x as in `dispatch`. Returns (T, D): see the class."""
+        own, num_tokens = metadata.own, metadata.original_num_tokens
+        out = to_tokens(self.exchange, routed_output, metadata.targets, own.stop - own.start)
+        return out if self.sp_size == 1 else F.pad(out, (0, 0, own.start, num_tokens - own.stop))
