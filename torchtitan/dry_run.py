@@ -15,6 +15,7 @@ from torchtitan.build import build_model
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig
+from torchtitan.config.without_gpus import without_gpus
 from torchtitan.data.batch import Batch
 from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fake import CollectiveCounter, fake_ranks, skip_vote
@@ -96,13 +97,10 @@ def _settle(
     notes = []
     if config.compile.enable:
         notes.append("compile.enable: True -> False")
-    if config.parallelism.enable_async_tensor_parallel:
-        notes.append("parallelism.enable_async_tensor_parallel: True -> False")
-    parallelism = replace(config.parallelism, enable_async_tensor_parallel=False)
     config = replace(
         config,
         training=replace(config.training, global_batch_size=batch_size),
-        parallelism=parallelism,
+        parallelism=without_gpus(config.parallelism, notes),
         compile=replace(config.compile, enable=False),
     )
     return config, model, degrees, notes

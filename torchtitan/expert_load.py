@@ -101,6 +101,24 @@ class ExpertLoad:
             for column, value in zip(columns, row, strict=True)
         }
 
+    def overflow(self) -> str:
+        """In words, whether a rank was sent more rows than it has room for; collective.
+
+        Then everything is NaN: the symmetric-memory dispatcher makes it so.
+        """
+        if not self.names or self.degrees.ep == 1:
+            return ""
+        shares = self._largest(
+            lambda layer: layer.dispatcher.peak_received_bytes / layer.dispatcher.received_bytes_limit
+        )
+        name, share = max(zip(self.names, shares.tolist(), strict=True), key=lambda pair: pair[1])
+        if share <= 1:
+            return ""
+        return (
+            f"{name} sent a rank {share:.2f} times the rows that it has room for: "
+            "raise parallelism.symmetric_memory_capacity_factor"
+        )
+
     def _largest(self, value: Callable[[nn.Module], torch.Tensor | int]) -> torch.Tensor:
         """By layer, the largest on any rank; other stages of a pipeline know nothing of a layer."""
         values = torch.zeros(len(self.names), dtype=torch.float64, device=self.nothing.device)

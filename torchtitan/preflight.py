@@ -84,7 +84,7 @@ def prepare(
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
-    attempt(check_comm_backend, config.parallelism, device, world_size)
+    attempt(check_comm_backend, config, device, world_size)
     attempt(_check_saving, config.checkpoint, world_size, device)
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
     if model and tokenizer:

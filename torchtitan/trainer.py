@@ -57,7 +57,6 @@ class Trainer:
         self.config = config = resolved_config(setup)
         self.step = setup.progress.get("step", 0)
         self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
-        self.nonfinite = NonFiniteGuard(config.training)
         if config.debug.deterministic:
             _be_deterministic(config.debug.deterministic_warn_only)
 
@@ -65,6 +64,7 @@ class Trainer:
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
+        self.nonfinite = NonFiniteGuard(config.training, self.expert_load.overflow)
         self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
         self.checkpoints = CheckpointManager(
             config.checkpoint,

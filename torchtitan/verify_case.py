@@ -9,6 +9,7 @@ from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.pipeline_faults import pipeline_faults
 from torchtitan.config.schema import JobConfig, Parallelism, Training
 from torchtitan.config.sequence_cuts import length_unit
+from torchtitan.config.without_gpus import without_gpus
 from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.preflight import checked_model
@@ -45,9 +46,7 @@ def settle(config: JobConfig, full: bool) -> Case:
 
     notes: list[str] = []
     parallelism, world_size = _ranks(config.parallelism, notes)
-    if parallelism.enable_async_tensor_parallel:
-        notes.append("parallelism.enable_async_tensor_parallel: True -> False")
-        parallelism = replace(parallelism, enable_async_tensor_parallel=False)
+    parallelism = without_gpus(parallelism, notes)
     tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
     if not full:
         by_head = parallelism.context_parallel_method == "heads"

@@ -40,7 +40,7 @@ def build(args: argparse.Namespace, device: torch.device) -> dict[str, TokenDisp
         return {"local": LocalTokenDispatcher(args.num_experts, score_before_experts=False)}
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("ep",))
     dispatchers = {"standard": AllToAllTokenDispatcher(mesh, args.num_experts, False)}
-    open_memory = partial(SymmetricMemory, mesh.get_group(), device=device)
+    open_memory = partial(SymmetricMemory, mesh.get_group())
     for factor in args.capacity_factors if device.type == "cuda" else ():
         sizes = Sizes(world, args.tokens, args.top_k, args.dim, args.num_experts, factor)
         exchange = PeerExchange(sizes, torch.bfloat16, open_memory)

@@ -1,6 +1,7 @@
 """The symmetric-memory dispatcher over memory that processes share: equal to all-to-all in every bit."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -28,27 +29,29 @@ MOST_TOKENS = 12
 class FileMemory:
     """A file of each rank, mapped by all of them: what one writes the others read."""
 
-    def __init__(self, folder, num_bytes):
-        self.rank, world = dist.get_rank(), dist.get_world_size()
-        names = [str(folder / f"{rank}.bin") for rank in range(world)]
+    opened = itertools.count()
+
+    def __init__(self, folder, group, num_bytes):
+        self.group, self.rank = group, group.rank()
+        number = next(self.opened)
+        ranks = dist.get_process_group_ranks(group)
+        names = [str(folder / f"{number}_{rank}.bin") for rank in ranks]
         torch.UntypedStorage.from_file(names[self.rank], shared=True, nbytes=num_bytes).fill_(255)
-        dist.barrier()
+        self.barrier()
         storages = [torch.UntypedStorage.from_file(n, shared=True, nbytes=num_bytes) for n in names]
         self.buffers = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages]
-        self.barriers = 0
 
     def barrier(self):
-        self.barriers += 1
-        dist.barrier()
+        dist.barrier(self.group)
 
 
 def both(folder, score_before=False, split=False, factor=9.0):
     """Ours and the all-to-all dispatcher; with `split` the ranks hold the same tokens."""
     world, rank = dist.get_world_size(), dist.get_rank()
     sizes = Sizes(world, MOST_TOKENS, TOP_K, DIM, EXPERTS, factor)
-    exchange = PeerExchange(sizes, torch.float32, lambda size: FileMemory(folder, size))
     slices = (world, rank) if split else (1, 0)
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("ep",))
+    exchange = PeerExchange(sizes, torch.float32, partial(FileMemory, folder, mesh.get_group()))
     ours = SymmetricMemoryTokenDispatcher(exchange, EXPERTS, score_before, *slices)
     return ours, AllToAllTokenDispatcher(mesh, EXPERTS, score_before, *slices)
 

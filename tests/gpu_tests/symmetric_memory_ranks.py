@@ -25,10 +25,10 @@ EXPERTS, TOP_K, DIM, HIDDEN, MOST_TOKENS = 16, 4, 1024, 512, 2048
 SIZES = (EXPERTS, TOP_K, DIM)
 
 
-def both(mesh, device, score_before=False, factor=9.0, dtype=torch.bfloat16):
+def both(mesh, score_before=False, factor=9.0):
     sizes = Sizes(mesh.size(), MOST_TOKENS, TOP_K, DIM, EXPERTS, factor)
-    open_memory = partial(SymmetricMemory, mesh.get_group(), device=device)
-    exchange = PeerExchange(sizes, dtype, open_memory)
+    open_memory = partial(SymmetricMemory, mesh.get_group())
+    exchange = PeerExchange(sizes, torch.bfloat16, open_memory)
     ours = SymmetricMemoryTokenDispatcher(exchange, EXPERTS, score_before)
     return ours, AllToAllTokenDispatcher(mesh, EXPERTS, score_before)
 
@@ -52,7 +52,7 @@ def compare(mesh, device):
     rank, seen = dist.get_rank(), []
     experts = local_experts(EXPERTS // mesh.size(), device, torch.bfloat16, DIM, HIDDEN)
     for score_before in (False, True):
-        ours, theirs = both(mesh, device, score_before)
+        ours, theirs = both(mesh, score_before)
         for step, case in enumerate(itertools.product(ROUTINGS, RECOMPUTING)):
             num_tokens = (0, 1, 700, MOST_TOKENS, 77)[(step + 2 * rank) % 5]
             tensors = inputs(num_tokens, case[0], rank, device, torch.bfloat16, SIZES)
@@ -67,7 +67,7 @@ def compare(mesh, device):
 
 def without_waiting(mesh, device):
     """Forward, backward and recomputation, and the host waits for nothing."""
-    ours, _ = both(mesh, device)
+    ours, _ = both(mesh)
     experts = local_experts(EXPERTS // mesh.size(), device, torch.bfloat16, DIM, HIDDEN)
     tensors = inputs(MOST_TOKENS, "uniform", dist.get_rank(), device, torch.bfloat16, SIZES)
     for mode in RECOMPUTING:
@@ -81,7 +81,7 @@ def without_waiting(mesh, device):
 
 def overflow(mesh, device):
     """More rows than there is room for, all to one rank: NaN on every rank, and the next step is right."""
-    ours, theirs = both(mesh, device, factor=1.0)
+    ours, theirs = both(mesh, factor=1.0)
     rank = dist.get_rank()
     experts = local_experts(EXPERTS // mesh.size(), device, torch.bfloat16, DIM, HIDDEN)
     tensors = inputs(MOST_TOKENS, "one rank", rank, device, torch.bfloat16, SIZES)

@@ -16,6 +16,7 @@ RUN = [
     "--training.seq_len=512",
     "--training.local_batch_size=4",
     "--validation.enable",
+    "--validation.dataset=c4_test_validation",
     "--validation.steps=1",
     "--validation.seq_len=512",
     "--validation.local_batch_size=6",

@@ -40,6 +40,7 @@ LEAST = {
     "parallelism.pipeline_parallel_last_stage_less_layers": 0,
     "parallelism.pipeline_parallel_layers_per_stage": 1,
     "parallelism.pipeline_parallel_microbatch_size": 1,
+    "parallelism.symmetric_memory_capacity_factor": 1,
     "parallelism.tensor_parallel_degree": 1,
     "profiling.profile_freq": 1,
     "profiling.profiler_active": 1,

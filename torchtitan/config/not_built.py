@@ -35,7 +35,6 @@ NOT_BUILT = (
         ("parallelism.context_parallel_load_balancer",),
         refused=("ptrr",),
     ),
-    NotBuilt("DeepEP", PLANNED, ("parallelism.expert_parallel_comm_backend",), refused=("deepep",)),
     NotBuilt(
         "quantized training",
         PLANNED,

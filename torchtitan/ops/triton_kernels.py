@@ -70,7 +70,8 @@ def _sum_rows(
         total = tl.zeros([block], dtype=tl.float32)
         for k in range(top_k):
             row = tl.load(rows + token * top_k + k)
-            total += tl.load(y + row * y_stride + columns, inside, other=0.0).to(tl.float32)
+            present = inside & (row >= 0)
+            total += tl.load(y + row * y_stride + columns, present, other=0.0).to(tl.float32)
         tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
 
 

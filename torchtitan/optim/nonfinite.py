@@ -1,6 +1,7 @@
 """May the optimizer use this gradient? What happens where loss or gradient is not finite."""
 
 import math
+from collections.abc import Callable
 
 from torchtitan.config.schema import Training
 from torchtitan.logging import logger
@@ -13,8 +14,10 @@ class NonFinite(RuntimeError):
 class NonFiniteGuard:
     """Skips steps or ends the run, as training.on_nonfinite says; one a rank, for the whole run."""
 
-    def __init__(self, config: Training):
+    def __init__(self, config: Training, known_cause: Callable[[], str] = lambda: ""):
+        """known_cause() says why, or nothing; it is asked after a step that is not finite, on all ranks."""
         self.config = config
+        self.known_cause = known_cause
         self.num_skipped = 0
 
     def may_step(self, step: int, loss: float, norm: float) -> bool:
@@ -26,7 +29,8 @@ class NonFiniteGuard:
             self.num_skipped = 0
             return True
         self.num_skipped += 1
-        what = f"step {step}: loss {loss}, gradient norm {norm}"
+        cause = self.known_cause()
+        what = f"step {step}: loss {loss}, gradient norm {norm}{cause and f' ({cause})'}"
         config = self.config
         if config.on_nonfinite == "stop" or self.num_skipped > config.max_skipped_steps:
             skipped = f" after {self.num_skipped - 1} skipped steps" if self.num_skipped > 1 else ""

@@ -233,10 +233,7 @@ def other_values(key: str, row) -> list[str]:
         return [f"--{section}.no_{name}" if default else f"--{key}"]
     if isinstance(default, list):
         return [f"--{key}=float8"]
-    literal = {
-        "parallelism.expert_parallel_comm_backend": "deepep",
-    }
-    return [f"--{key}={2 if isinstance(default, int) else literal.get(key, 'x')}"]
+    return [f"--{key}={2 if isinstance(default, int) else 'x'}"]
 
 
 SWITCHES = [

@@ -43,6 +43,8 @@ class AllToAllTokenDispatcher:
     sums in a zero buffer: the outputs of the group add up to the whole.
     """
 
+    received_bytes_limit = float("inf")
+
     def __init__(
         self,
         ep_mesh: DeviceMesh,

@@ -77,6 +77,7 @@ class PeerExchange:
         self.sizes = sizes
         layout = sizes.layout(dtype)
         self.num_bytes = size_of(layout)
+        self.row_bytes = sizes.dim * dtype.itemsize
         self.memory = open_memory(self.num_bytes)
         self.tensors = lay_out(self.memory, layout)
         self.written = ""
@@ -84,6 +85,9 @@ class PeerExchange:
     def place(self, expert_ids: torch.Tensor) -> Placement:
         """Of this rank's tokens' choices (T', K), T' <= T: tell all ranks, and place everyone's rows."""
         num_tokens, rank = len(expert_ids), self.memory.rank
+        if num_tokens > self.sizes.num_tokens:
+            room = self.sizes.num_tokens
+            raise ValueError(f"{num_tokens} tokens at a time; symmetric memory was set up for {room}")
         counts = count_tokens(expert_ids, self.sizes.num_experts)
         before = counts.cumsum(0) - counts
         positions = sort_by_expert(expert_ids).rows - before[expert_ids]

@@ -36,7 +36,8 @@ class SymmetricMemory:
     kernel of the current stream: the host waits for nothing.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int, device: torch.device):
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int):
+        device = torch.device("cuda", torch.cuda.current_device())
         self.own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         self.handle = symmetric_memory.rendezvous(self.own, group)
         self.rank = self.handle.rank

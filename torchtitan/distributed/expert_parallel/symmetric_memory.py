@@ -6,7 +6,6 @@ T tokens, K top-k, D model, e local experts, R rows that this rank has room for.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from torchtitan import routing
 from torchtitan.distributed.expert_parallel.peer_exchange import (
@@ -15,6 +14,7 @@ from torchtitan.distributed.expert_parallel.peer_exchange import (
     to_rows,
     to_tokens,
 )
+from torchtitan.distributed.expert_parallel.slices import in_place, own_slice
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class SymmetricMemoryTokenDispatcher:
         self.score_before_experts = score_before_experts
         self.sp_size = sp_size
         self.sp_rank = sp_rank
-        self.peak_received_bytes: int | torch.Tensor = 0  # since whoever reports it set this to 0
+        # What a rank of the group received at most, or would have, since whoever reports it set this to 0.
+        self.peak_received_bytes: int | torch.Tensor = 0
+        self.received_bytes_limit = exchange.sizes.num_rows * exchange.row_bytes
 
     def dispatch(
         self,
@@ -67,14 +69,10 @@ class SymmetricMemoryTokenDispatcher:
 
         Returns routed_input (R, D) sorted by local expert, num_tokens_per_expert (e,) int64, metadata.
         """
-        size, sizes = -(-len(x) // self.sp_size), self.exchange.sizes
-        own = slice(min(self.sp_rank * size, len(x)), min((self.sp_rank + 1) * size, len(x)))
-        if size > sizes.num_tokens:
-            raise ValueError(f"{size} tokens at a time, and memory for {sizes.num_tokens} was set up")
+        own, sizes = own_slice(len(x), self.sp_size, self.sp_rank), self.exchange.sizes
         scores = top_scores[own]
         placement = place(self.exchange, selected_experts_indices[own])
-        row_bytes = x.shape[1] * x.itemsize
-        received = placement.most_rows * row_bytes
+        received = placement.most_rows * self.exchange.row_bytes
         self.peak_received_bytes = received.clamp(min=self.peak_received_bytes)
         if sizes.num_rows < sizes.worst_case:
             missing = placement.most_rows > sizes.num_rows
@@ -91,4 +89,4 @@ class SymmetricMemoryTokenDispatcher:
         """routed_output (R, D), weighted; x as in `dispatch`. Returns (T, D): see the class."""
         own, num_tokens = metadata.own, metadata.original_num_tokens
         out = to_tokens(self.exchange, routed_output, metadata.targets, own.stop - own.start)
-        return out if self.sp_size == 1 else F.pad(out, (0, 0, own.start, num_tokens - own.stop))
+        return in_place(out, own, num_tokens)
