@@ -38,6 +38,7 @@ def test_upstreams_149_keys_and_ours():
         "optimizer.no_decay",
         "parallelism.context_parallel_method",
         "parallelism.enable_sequence_parallel",
+        "parallelism.symmetric_memory_capacity_factor",
         "training.max_skipped_steps",
         "training.on_nonfinite",
         "training.repeat",

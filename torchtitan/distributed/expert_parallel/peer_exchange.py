@@ -74,7 +74,7 @@ class PeerExchange:
 
     def __init__(self, sizes: Sizes, dtype: torch.dtype, open_memory: Callable[[int], PeerMemory]):
         """open_memory(bytes) is collective. What the memory holds is in `dtype`."""
-        self.sizes = sizes
+        self.sizes, self.dtype = sizes, dtype
         layout = sizes.layout(dtype)
         self.num_bytes = size_of(layout)
         self.row_bytes = sizes.dim * dtype.itemsize
@@ -105,6 +105,7 @@ class PeerExchange:
         self, x: torch.Tensor, scores: torch.Tensor | None, targets: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Own tokens (T', D), scores (T', K) or None, to this rank's experts' (R, D) and (R,)."""
+        assert x.dtype == self.dtype, f"{x.dtype}, and memory holds {self.dtype}"
         self._before_writing("tokens")
         self._own("tokens", len(x)).copy_(x)
         if scores is not None:
@@ -121,6 +122,7 @@ class PeerExchange:
         num_tokens: int,
     ) -> tuple[torch.Tensor, ...]:
         """This rank's experts' rows (R, D), scores (R,) or None, to own tokens' sums (T', D) and (T', K)."""
+        assert rows.dtype == self.dtype, f"{rows.dtype}, and memory holds {self.dtype}"
         self._before_writing("returned")
         to = None if scores is None else self.tensors["returned_scores"]
         push(rows, scores, targets, self.tensors["returned_rows"], to)
