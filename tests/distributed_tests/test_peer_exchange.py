@@ -94,3 +94,27 @@ def compare_slices(folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_slices_of_replicated_tokens(tmp_path, world):
     run_ranks(compare_slices, world, tmp_path)
+
+
+def overflow(folder):
+    """Between steps that fit one that does not: every output is NaN on every rank, then all is right again."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    ours, theirs = both(folder, factor=1.0)
+    experts = local_experts(EXPERTS // world)
+    for num_tokens, routing in ((4, "uniform"), (MOST_TOKENS, "one rank"), (5, "uniform")):
+        tensors = inputs(num_tokens, routing, rank)
+        found, expected = (results(each, experts, tensors) for each in (ours, theirs))
+        share = float(ours.peak_received_bytes / ours.received_bytes_limit)
+        ours.peak_received_bytes = 0
+        if routing == "one rank":
+            sizes = ours.exchange.sizes
+            assert share == pytest.approx(sizes.worst_case / sizes.num_rows)
+            assert all(result.isnan().all() for result in found[:2])
+        else:
+            assert share < 1
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_too_many_rows_spoil_everything_and_what_comes_after_is_right(tmp_path, world):
+    run_ranks(overflow, world, tmp_path)
