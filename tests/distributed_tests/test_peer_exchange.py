@@ -109,7 +109,7 @@ def overflow(folder):
         if routing == "one rank":
             sizes = ours.exchange.sizes
             assert share == pytest.approx(sizes.worst_case / sizes.num_rows)
-            assert all(result.isnan().all() for result in found[:2])
+            assert found[0].isnan().all()
         else:
             assert share < 1
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

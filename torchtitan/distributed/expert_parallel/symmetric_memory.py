@@ -27,6 +27,8 @@ class SymmetricMemoryMetadata:
     """Which of the T tokens this rank dispatched."""
     targets: torch.Tensor
     """(ranks, tokens, K) int32: see `Placement`."""
+    spoil: torch.Tensor | None
+    """() for the sums: 0, or NaN where a rank had no room for all rows; None where there always is."""
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
     gathered_from: None = None
@@ -70,17 +72,17 @@ class SymmetricMemoryTokenDispatcher:
         Returns routed_input (R, D) sorted by local expert, num_tokens_per_expert (e,) int64, metadata.
         """
         own, sizes = own_slice(len(x), self.sp_size, self.sp_rank), self.exchange.sizes
-        scores = top_scores[own]
         placement = place(self.exchange, selected_experts_indices[own])
         received = placement.most_rows * self.exchange.row_bytes
         self.peak_received_bytes = received.clamp(min=self.peak_received_bytes)
+        spoil = None
         if sizes.num_rows < sizes.worst_case:
             missing = placement.most_rows > sizes.num_rows
-            scores = scores + scores.new_zeros(()).masked_fill(missing, float("nan"))
-        rows, scores = to_rows(self.exchange, x[own], scores, placement.targets)
+            spoil = x.new_zeros(()).masked_fill(missing, float("nan"))
+        rows, scores = to_rows(self.exchange, x[own], top_scores[own], placement.targets)
         if self.score_before_experts:
             rows, scores = routing.weight(rows, scores), None
-        metadata = SymmetricMemoryMetadata(len(x), own, placement.targets, scores)
+        metadata = SymmetricMemoryMetadata(len(x), own, placement.targets, spoil, scores)
         return rows, placement.num_tokens_per_expert, metadata
 
     def combine(
@@ -89,4 +91,6 @@ class SymmetricMemoryTokenDispatcher:
         """routed_output (R, D), weighted; x as in `dispatch`. Returns (T, D): see the class."""
         own, num_tokens = metadata.own, metadata.original_num_tokens
         out = to_tokens(self.exchange, routed_output, metadata.targets, own.stop - own.start)
+        if metadata.spoil is not None:
+            out = out + metadata.spoil
         return in_place(out, own, num_tokens)
