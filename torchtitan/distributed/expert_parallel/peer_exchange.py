@@ -177,7 +177,8 @@ class _ToRows(torch.autograd.Function):
     def forward(ctx, x, scores, targets, exchange):
         ctx.exchange, ctx.num_tokens = exchange, len(x)
         ctx.save_for_backward(targets)
-        return once(lambda: exchange.to_rows(x, scores, targets), rows=True)
+        # Also where a recomputation may keep rows: R of them take more than fetching tokens again.
+        return exchange.to_rows(x, scores, targets)
 
     @staticmethod
     def backward(ctx, grad_rows, grad_scores):
