@@ -17,6 +17,11 @@ DEEPEP, SHARED = (
 FP32 = "--training.mixed_precision_param=float32"
 REFUSED = {
     "no experts elsewhere": ([SHARED], GPU, "expert_parallel_degree is 1"),
+    "quantized experts": (
+        [EP2, SHARED, "--model.converters=quantize.grouped_mm.float8"],
+        GPU,
+        "does not align rows",
+    ),
     "no GPU": ([EP2, SHARED], CPU, "trains on its CPU"),
     "no library": ([EP2, DEEPEP], GPU, "the library deep_ep, which cannot be imported here"),
     "not bfloat16": ([EP2, DEEPEP, FP32], GPU, "mixed_precision_param is float32"),
