@@ -18,7 +18,7 @@ from tests.distributed_tests.test_moe_layouts import (
     parallel,
 )
 from tests.distributed_tests.test_peer_exchange import FileMemory
-from tests.distributed_tests.test_training import COMMON, PP2, TENSOR, records, train
+from tests.distributed_tests.test_training import COMMON, CONTEXT, PP2, TENSOR, records, train
 from torchtitan import preflight
 from torchtitan.distributed.expert_parallel import dispatchers
 from torchtitan.distributed.launch import RankFailure, run_ranks
@@ -74,7 +74,7 @@ VALIDATED = {
     "validation.freq": 2,
 }
 RUNS = {
-    "ep2": (2, {}),
+    "cp2 ep2": (2, {CONTEXT: 2}),
     "pp2 x ep2": (4, PP2),
     "tp2 ep2, no sp": (2, {TENSOR: 2, "parallelism.no_enable_sequence_parallel": True}),
 }
