@@ -171,7 +171,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _reference_swiglu(
-    z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In full blocks too, of whole vectors."""
     factors = z.new_ones(len(z)) if scores is None else scores
@@ -180,7 +183,11 @@ def _reference_swiglu(
 
 
 def _reference_swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
+    d_act: torch.Tensor,
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     factors = z.new_ones(len(z)) if scores is None else scores
     blocks = zip(_full_blocks(d_act), _full_blocks(z), _full_blocks(factors), strict=True)

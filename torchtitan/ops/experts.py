@@ -113,7 +113,7 @@ def _forward(
     if not len(rows):
         return rows.new_empty(0, weights.w2.shape[1]), _no_rows(rows, weights.w13)
     z = _preactivation(kernels, rows, weights, counts)
-    y = kernels.rows(kernels.swiglu(z, scores, gating), weights.w2.mT, counts)
+    y = kernels.rows(kernels.swiglu(z, scores, gating, counts.sum()), weights.w2.mT, counts)
     if weights.b2 is not None:
         bias = _per_row(weights.b2, counts, len(rows))
         y += bias if scores is None else (bias * scores.unsqueeze(1)).to(bias.dtype)
@@ -141,7 +141,9 @@ def _backward(
     if not len(d_y):
         of_weights = (_empty_like(weight, d_y).zero_() for weight in weights)
         return d_y.new_empty(0, w13.shape[3]), *of_weights, _empty_like(scores, d_y)
-    act, d_z, d_scores = kernels.swiglu_backward(kernels.rows(d_y, w2, counts), z, scores, gating)
+    act, d_z, d_scores = kernels.swiglu_backward(
+        kernels.rows(d_y, w2, counts), z, scores, gating, counts.sum()
+    )
     d_w2 = kernels.weights(d_y, act, counts)
     del act
     d_w13 = kernels.weights(d_z, _gather(rows, tokens), counts).view_as(w13)

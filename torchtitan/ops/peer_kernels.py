@@ -28,6 +28,7 @@ def pull(
         targets,
         rows,
         row_scores,
+        num_ranks,
         num_tokens,
         *_constants(rows.shape[1], top_k, weighted),
     )
@@ -49,6 +50,7 @@ def push(
         targets,
         rows,
         row_scores,
+        num_ranks,
         num_tokens,
         *_constants(rows.shape[1], top_k, weighted),
     )
@@ -67,12 +69,20 @@ def _peer_pointer(addresses, peer, like):
 
 
 @triton.jit
+def _whose(num_ranks):
+    # Ranks in turn, so that all links and this GPU's own memory are busy together.
+    program = tl.program_id(0).to(tl.int64)
+    return program % num_ranks, program // num_ranks
+
+
+@triton.jit
 def _pull(
     tokens,
     scores,
     targets,
     rows,
     row_scores,
+    num_ranks,
     num_tokens,
     width: tl.constexpr,
     top_k: tl.constexpr,
@@ -80,8 +90,8 @@ def _pull(
     weighted: tl.constexpr,
     block: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    peer, token = place // num_tokens, place % num_tokens
+    peer, token = _whose(num_ranks)
+    place = peer * num_tokens + token
     slot = tl.arange(0, slots)
     target = tl.load(targets + place * top_k + slot, slot < top_k, other=-1)
     if tl.max(target) >= 0:
@@ -106,6 +116,7 @@ def _push(
     targets,
     rows,
     row_scores,
+    num_ranks,
     num_tokens,
     width: tl.constexpr,
     top_k: tl.constexpr,
@@ -113,8 +124,8 @@ def _push(
     weighted: tl.constexpr,
     block: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    peer, token = place // num_tokens, place % num_tokens
+    peer, token = _whose(num_ranks)
+    place = peer * num_tokens + token
     slot = tl.arange(0, slots)
     target = tl.load(targets + place * top_k + slot, slot < top_k, other=-1)
     if tl.max(target) >= 0:

@@ -1,6 +1,7 @@
 """SwiGLU times a score for each row, and its gradient: the passes between the experts' products.
 
-R rows, F hidden width. Arithmetic is in fp32 (fp64 for fp64), each result rounded once.
+R rows, F hidden width. Arithmetic is in fp32 (fp64 for fp64), each result rounded once. Where num_rows,
+() int64, is given, what results are after so many rows is undefined: kernels leave them out.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,12 @@ class Gating(NamedTuple):
     up_offset: float = 0.0
 
 
-def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torch.Tensor:
+def swiglu(
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The gated activation of z = (gate, up) (R, 2F), times scores (R,): (R, F) in z's dtype."""
     gate, up = _wide(z).chunk(2, dim=1)
     gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
@@ -26,7 +32,11 @@ def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torc
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
+    d_act: torch.Tensor,
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """From the gradient d_act (R, F) of `swiglu`'s result: that result, d_z and d_scores (R,)."""
     gate, up = _wide(z).chunk(2, dim=1)

@@ -32,25 +32,36 @@ def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def swiglu(z: torch.Tensor, scores: torch.Tensor | None, gating: Gating) -> torch.Tensor:
+def swiglu(
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
     """As ops/swiglu.py's `swiglu`."""
     out = z.new_empty(len(z), z.shape[1] // 2)
     if len(z):
         width = out.shape[1]
-        _swiglu[(len(z),)](z, scores, out, *gating, width, scores is not None, _block(width))
+        options = width, scores is not None, num_rows is not None, _block(width)
+        _swiglu[(len(z),)](z, scores, out, num_rows, *gating, *options)
     return out
 
 
 def swiglu_backward(
-    d_act: torch.Tensor, z: torch.Tensor, scores: torch.Tensor | None, gating: Gating
+    d_act: torch.Tensor,
+    z: torch.Tensor,
+    scores: torch.Tensor | None,
+    gating: Gating,
+    num_rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As ops/swiglu.py's `swiglu_backward`."""
     act, d_z = torch.empty_like(d_act), torch.empty_like(z)
     d_scores = None if scores is None else torch.empty_like(scores)
     if len(z):
-        width, weighted = d_act.shape[1], scores is not None
+        width = d_act.shape[1]
+        options = width, scores is not None, num_rows is not None, _block(width)
         _swiglu_backward[(len(z),)](
-            d_act, z, scores, act, d_z, d_scores, *gating, width, weighted, _block(width)
+            d_act, z, scores, act, d_z, d_scores, num_rows, *gating, *options
         )
     return act, d_z, d_scores
 
@@ -108,14 +119,19 @@ def _swiglu(
     z,
     scores,
     out,
+    num_rows,
     alpha: tl.constexpr,
     limit: tl.constexpr,
     up_offset: tl.constexpr,
     width: tl.constexpr,
     weighted: tl.constexpr,
+    bounded: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if bounded:
+        if row >= tl.load(num_rows):
+            return
     score = tl.load(scores + row) if weighted else 1.0
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
@@ -135,14 +151,19 @@ def _swiglu_backward(
     act,
     d_z,
     d_scores,
+    num_rows,
     alpha: tl.constexpr,
     limit: tl.constexpr,
     up_offset: tl.constexpr,
     width: tl.constexpr,
     weighted: tl.constexpr,
+    bounded: tl.constexpr,
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if bounded:
+        if row >= tl.load(num_rows):
+            return
     score = tl.load(scores + row) if weighted else 1.0
     d_score = tl.zeros([block], dtype=tl.float32)
     for start in range(0, width, block):

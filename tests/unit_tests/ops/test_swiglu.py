@@ -65,3 +65,21 @@ def test_results_are_rounded_once(device, dtype, gating, rows, width):
         torch.testing.assert_close(mine.double(), exact, rtol=half_step, atol=1e-6)
     assert d_scores.dtype == torch.float32
     torch.testing.assert_close(d_scores.double(), exact_d_scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", [0, 5, 13])
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_in_use_are_the_same_where_others_are_left_out(device, used):
+    kernels = swiglu_module
+    if device == "cuda":
+        from torchtitan.ops import triton_kernels as kernels  # PyTorch for CPUs has no Triton
+    z, d_act, scores = (tensor.to(device) for tensor in inputs(dtype=torch.bfloat16))
+    num_rows = torch.tensor(used, device=device)
+    whole = kernels.swiglu(z, scores, Gating()), *kernels.swiglu_backward(d_act, z, scores, Gating())
+    z[used:], scores[used:] = float("nan"), float("nan")
+    found = (
+        kernels.swiglu(z, scores, Gating(), num_rows),
+        *kernels.swiglu_backward(d_act, z, scores, Gating(), num_rows),
+    )
+    for ours, expected in zip(found, whole, strict=True):
+        assert torch.equal(ours[:used], expected[:used])
