@@ -97,7 +97,7 @@ def test_slices_of_replicated_tokens(tmp_path, world):
 
 
 def overflow(folder):
-    """Between steps that fit one that does not: every output is NaN on every rank, then all is right again."""
+    """Between steps that fit one that does not: its outputs are NaN on every rank, the next are right."""
     world, rank = dist.get_world_size(), dist.get_rank()
     ours, theirs = both(folder, factor=1.0)
     experts = local_experts(EXPERTS // world)

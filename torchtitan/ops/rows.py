@@ -1,14 +1,16 @@
 """The sum of each token's rows, as an operator. T tokens, K rows a token, R rows, D width."""
 
 import torch
+import torch.nn.functional as F
 
 
 @torch.library.custom_op("torchtitan::sum_rows", mutates_args=())
 def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """out[t] = sum over k of y[rows[t, k]]: y (R, D), rows (T, K) int64 -> (T, D) in y's dtype.
 
-    A row below 0 adds nothing. Added in fp32 (fp64 for fp64) in the order of k, rounded once. An operator of its own: inductor of
-    torch 2.11 fuses the sum into a norm's backward that reads what it has not written yet.
+    A row below 0 adds nothing. Added in fp32 (fp64 for fp64) in the order of k, rounded once. An
+    operator of its own: inductor of torch 2.11 fuses the sum into a norm's backward that reads what
+    it has not written yet.
     """
     if y.is_cuda and y.dtype != torch.float64:
         from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
@@ -16,11 +18,10 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return triton_kernels.sum_rows(y, rows)
     wide = torch.promote_types(y.dtype, torch.float32)
     total = torch.zeros(len(rows), y.shape[1], dtype=wide, device=y.device)
-    for row in rows.T:
-        if y.is_cpu and (row < 0).any():
-            total[row >= 0] += y.index_select(0, row[row >= 0])
-        else:
-            total += y.index_select(0, row)
+    if (rows < 0).any():
+        y, rows = F.pad(y, (0, 0, 0, 1)), rows.masked_fill(rows < 0, len(y))
+    for k in range(rows.shape[1]):
+        total += y.index_select(0, rows[:, k])
     return total.to(y.dtype) if total.dtype != y.dtype else total
 
 
