@@ -1,6 +1,7 @@
 """The trainer: builds the parts of a run, then batch, forward and backward, clip, step, log, save."""
 
 import gc
+import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -225,6 +226,8 @@ class Trainer:
             batches = self._validation_batches(validation.steps)
             loss, num_tokens = validate(self.model, batches, self.setup.degrees)
             self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
+            if not math.isfinite(loss) and (cause := self.expert_load.overflow()):
+                logger.warning(f"validation loss {loss}: {cause}")
 
     def _validation_batches(self, num_batches: int) -> Iterator[Batch]:
         """This rank's shares of so many batches; of -1, all the data and then empty ones."""

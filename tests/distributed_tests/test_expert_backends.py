@@ -1,5 +1,6 @@
 """Models with other dispatchers than all-to-all, over what stands for GPU memory and DeepEP on CPUs."""
 
+import logging
 import sys
 from dataclasses import replace
 from functools import partial
@@ -18,10 +19,20 @@ from tests.distributed_tests.test_moe_layouts import (
     parallel,
 )
 from tests.distributed_tests.test_peer_exchange import FileMemory
-from tests.distributed_tests.test_training import COMMON, CONTEXT, PP2, TENSOR, records, train
+from tests.distributed_tests.test_training import (
+    COMMON,
+    CONTEXT,
+    PP2,
+    TENSOR,
+    build,
+    records,
+    train,
+)
 from torchtitan import preflight
 from torchtitan.distributed.expert_parallel import dispatchers
 from torchtitan.distributed.launch import RankFailure, run_ranks
+from torchtitan.logging import logger
+from torchtitan.trainer import Trainer
 
 BACKEND = "parallelism.expert_parallel_comm_backend"
 LAYOUTS = {
@@ -98,3 +109,23 @@ def test_more_rows_than_there_is_room_for_end_the_run(tmp_path):
     with pytest.raises(RankFailure, match=said):
         settings = SHARED | factor | {"job.dump_folder": tmp_path}
         run_ranks(on_cpu, 2, tmp_path, train, settings, timeout=120)
+
+
+def warnings_of(settings):
+    """What a run warns of."""
+    said = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    trainer = build(settings, Trainer)
+    logger.addHandler(handler)
+    trainer.run()
+    return said
+
+
+def test_validation_says_where_it_has_no_room(tmp_path):
+    """Its sequences are longer, so training has room, and no load is quite even."""
+    factor = {"parallelism.symmetric_memory_capacity_factor": 1}
+    longer = {"validation.seq_len": 256, "training.steps": 1, "job.dump_folder": tmp_path}
+    args = tmp_path, warnings_of, SHARED | VALIDATED | factor | longer
+    said, _ = run_ranks(on_cpu, 2, *args, timeout=120)
+    assert [text for text in said if text.startswith("validation loss nan: layers.1 sent a rank 1.")]
