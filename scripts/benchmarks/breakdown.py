@@ -23,7 +23,7 @@ COMMUNICATION = "communication"
 # The first kind whose pattern is found counts: in the name of a kernel or operator, or in the names of
 # what it ran inside, one a line. Names are those of torch 2.11 and 2.13, NCCL, cuBLAS and CUTLASS.
 KINDS = (
-    (COMMUNICATION, r"nccl|^gloo:|^c10d::|multimem|(one|two)_shot|Memcpy PtoP", None),
+    (COMMUNICATION, r"nccl|^gloo:|^c10d::|multimem|(one|two)_shot|Memcpy PtoP|^_pu(ll|sh)$|barrier_kernel", None),
     ("attention", r"flash|fmha|sdpa|attention", r"_dot_product_|_attention_|flex_attention"),
     ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm)", r"^aten::_(scaled_)?grouped_mm"),
     ("FSDP copies and casts", r"fused__to_copy(_t|_view|_transpose)*_\d+$", r"^FSDP::"),

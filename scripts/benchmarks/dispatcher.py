@@ -13,13 +13,13 @@ every choice of a token a row: 4 * T * K * D * 2 * (ranks - 1) / ranks bytes.
 """
 
 import argparse
-import json
 import os
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
+
+from common import Spread, device_name, synchronize, table, take_turns, write_report
 
 import torch
 import torch.distributed as dist
@@ -62,42 +62,46 @@ def draw(routing: str, args: argparse.Namespace, device: torch.device) -> list[t
     return [x.requires_grad_(), scores.requires_grad_(), ids]
 
 
-def step_of(
-    dispatcher: TokenDispatcher, experts: GroupedExperts | None, tensors: list[torch.Tensor]
-) -> Callable[[], object]:
+def layers_in_a_row(
+    dispatcher: TokenDispatcher,
+    experts: GroupedExperts | None,
+    tensors: list[torch.Tensor],
+    num_layers: int,
+) -> Callable[[], torch.Tensor]:
+    """Forward and backward, each layer by itself; returns the last one's gradient of x."""
     x, scores, ids = tensors
     leaves = [x, *([scores, *experts.parameters()] if experts else [])]
     upstream = torch.randn_like(x)
 
-    def step():
-        rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
-        if experts is not None:
-            rows = experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
-        out = dispatcher.combine(rows, metadata, x)
-        return torch.autograd.grad(out, leaves, upstream)
+    def run() -> torch.Tensor:
+        for _ in range(num_layers):
+            rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
+            if experts is not None:
+                rows = experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
+            out = dispatcher.combine(rows, metadata, x)
+            gradient, *_ = torch.autograd.grad(out, leaves, upstream)
+        return gradient
 
-    return step
-
-
-def milliseconds(work: Callable[[], object], layers: int, device: torch.device) -> float:
-    """Of one layer, from a moment when all ranks are ready, until this rank's device is done."""
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(layers):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start) / layers
+    return run
 
 
-def peak_gib(work: Callable[[], object], device: torch.device) -> float:
+def peak_gib(work: Callable[[], object], device: str) -> float:
     """Most memory allocated at a time beyond what was there before; 0 on a CPU."""
-    if device.type == "cpu":
+    if device == "cpu":
         return 0.0
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
+    synchronize(device)
     return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def trace(work: Callable[[], object], device: str, file: Path) -> None:
+    with torch.profiler.profile() as profiler:
+        work()
+        synchronize(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(file))
 
 
 def measure(routing: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
@@ -105,47 +109,45 @@ def measure(routing: str, args: argparse.Namespace, device: torch.device) -> lis
     experts = GroupedExperts(args.dim, args.ffn_dim, args.num_experts // world, 0.02)
     for weight in experts.to(device, torch.bfloat16).parameters():
         torch.nn.init.normal_(weight, std=0.02)
-    dispatchers = build(args, device)
     works = {
-        (what, name): step_of(dispatcher, of, tensors)
+        (what, name): layers_in_a_row(dispatcher, of, tensors, args.layers)
+        for name, dispatcher in build(args, device).items()
         for what, of in (("exchange", None), ("layer", experts))
-        for name, dispatcher in dispatchers.items()
     }
-    for work in works.values():
-        for _ in range(args.warm_up):
-            work()
-    times = {key: [] for key in works}
-    for _ in range(args.rounds):
-        for key, work in works.items():
-            times[key] += [milliseconds(work, args.layers, device) for _ in range(args.repeats)]
-    expected = {what: next(iter(of())) for (what, _), of in reversed(works.items())}
+    options = {"warm_up": args.warm_up, "rounds": args.rounds, "repeats": args.repeats}
+    times = take_turns(works, device.type, **options)
+    expected: dict[str, torch.Tensor] = {}
     moved = 4 * args.tokens * args.top_k * args.dim * 2 * (world - 1) / world
     results = []
-    for (what, name), work in works.items():
-        found, gib = work(), peak_gib(work, device)
-        tenths = statistics.quantiles(times[what, name], n=10)
-        mine = torch.tensor([statistics.median(times[what, name]), tenths[0], tenths[-1], gib])
-        of_ranks = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(of_ranks, mine)
-        ms, p10, p90, gib = max(of_ranks, key=lambda of_rank: of_rank[0].item()).tolist()
-        result = {"routing": routing, "what": what, "dispatcher": name, "ms": ms}
-        result |= {"ms_p10": p10, "ms_p90": p90, "gb_per_s": moved / ms / 1e6, "peak_gib": gib}
-        difference = (found[0].double() - expected[what].double()).norm()
-        results.append(result | {"difference": difference.item()})
+    for (what, name), work in sorted(works.items()):
+        found, gib = work(), peak_gib(work, device.type)
+        difference = (found - expected.setdefault(what, found)).double().norm() / found.double().norm()
+        mine = Spread.of(times[what, name]).scaled(1 / args.layers)
+        of_ranks: list[tuple[float, ...]] = [()] * world
+        dist.all_gather_object(of_ranks, (*astuple(mine), gib))
+        *ms, gib = max(of_ranks)
+        result = {"routing": routing, "what": what, "dispatcher": name, "ms": Spread(*ms)}
+        result |= {"gb_per_s": moved / ms[0] / 1e6, "peak_gib": gib, "difference": difference.item()}
+        results.append(result)
+        if args.traces:
+            file = f"{routing}-{what}-{name.replace(', ', '-')}-rank{dist.get_rank()}.json.gz"
+            trace(work, device.type, args.traces / file)
     return results
 
 
-def table(results: list[dict]) -> str:
-    lines = [
-        "| routing | what | dispatcher | ms (p10 to p90) | GB/s | peak GiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+def print_results(results: list[dict]) -> None:
+    rows = [
+        [
+            *(r[key] for key in ("routing", "what", "dispatcher")),
+            format(r["ms"], ".2f"),
+            f"{r['gb_per_s']:.0f}",
+            f"{r['peak_gib']:.2f}",
+            f"{r['difference']:.1e}",
+        ]
+        for r in results
     ]
-    for r in results:
-        cells = [r["routing"], r["what"], r["dispatcher"]]
-        cells.append(f"{r['ms']:.2f} ({r['ms_p10']:.2f} to {r['ms_p90']:.2f})")
-        cells += [f"{r['gb_per_s']:.0f}", f"{r['peak_gib']:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    headings = ("routing", "what", "dispatcher", "ms", "GB/s", "peak GiB", "vs standard")
+    print(table(headings, rows))
 
 
 def arguments() -> argparse.Namespace:
@@ -157,6 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--routing", nargs="+", default=["random", "skewed"])
     parser.add_argument("--capacity_factors", nargs="+", type=float, default=[1.25, 2.0])
     parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--traces", type=Path, help="folder for a profile of each, for breakdown.py")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args()
     for key, value in SMALL.items() if args.small else ():
@@ -175,13 +178,10 @@ def main() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **options)
     results = [result for routing in args.routing for result in measure(routing, args, device)]
     if dist.get_rank() == 0:
-        name = torch.cuda.get_device_name() if on_gpu else "CPU"
-        world = dist.get_world_size()
+        world, name = dist.get_world_size(), device_name(device.type)
         print(f"{world} ranks on {name}, torch {torch.__version__}, {args.tokens} tokens each, bfloat16")
-        print(table(results))
-        if args.json:
-            report = {"device": name, "ranks": world, "torch": torch.__version__, "results": results}
-            args.json.write_text(json.dumps(report, indent=1))
+        print_results(results)
+        write_report(args.json, device.type, ranks=world, results=results)
     dist.destroy_process_group()
 
 

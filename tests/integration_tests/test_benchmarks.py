@@ -12,16 +12,16 @@ from tests.integration_tests.run_tests import REPO
 BENCHMARKS = REPO / "scripts" / "benchmarks"
 
 
-def run_script(name, *arguments):
+def run_script(name, *arguments, launcher=()):
     """Its report and its output."""
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    command = [sys.executable, *launcher, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def report_of(name, folder, *arguments):
-    out = run_script(name, *arguments, f"--json={folder / 'report.json'}")
+def report_of(name, folder, *arguments, launcher=()):
+    out = run_script(name, *arguments, f"--json={folder / 'report.json'}", launcher=launcher)
     assert out.count("| --- |") >= 1
     report = json.loads((folder / "report.json").read_text())
     assert {"device", "torch", "time", "command"} <= set(report)
@@ -74,6 +74,18 @@ def test_moe_layer(tmp_path):
     variants = {result["variant"]: result for result in report["results"]}
     assert {"ours", "plain", "products", "dense"} <= set(variants)
     assert variants["ours"]["difference"] < 0.02
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_dispatcher(tmp_path, num_ranks):
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    argv = ["--small", "--warm_up=0", "--rounds=1", "--repeats=2", "--routing=random"]
+    launcher = ranks if num_ranks > 1 else []
+    report = report_of("dispatcher", tmp_path, *argv, launcher=launcher)
+    expected = "standard" if num_ranks > 1 else "local"
+    assert [(r["what"], r["dispatcher"]) for r in report["results"]] == [
+        ("exchange", expected), ("layer", expected),
+    ]  # fmt: skip
 
 
 def test_data_loading(tmp_path):
