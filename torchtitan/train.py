@@ -18,6 +18,7 @@ from torchtitan.observability.clock import StartClock
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
 from torchtitan.preflight import prepare, prepare_again, report, world_size_asked_for
+from torchtitan.reproducibility import make_deterministic
 from torchtitan.trainer import Trainer
 
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if resumable:
         stop.listen()
     dump_folder, timeout = config.job.dump_folder, config.comm.init_timeout_seconds
+    make_deterministic(config.debug)
     init_process_group(config.comm, dump_folder, device)
     with Watchdog(world, timeout, dump_folder, sigterm_ends=not resumable) as watchdog:
         try:

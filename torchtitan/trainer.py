@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -36,6 +35,7 @@ from torchtitan.optim.optimizer import build_optimizer, set_learning_rate, state
 from torchtitan.optim.schedule import learning_rate
 from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
+from torchtitan.reproducibility import arithmetic
 from torchtitan.run_record import describe, resolved_config, save_config
 from torchtitan.validation import validate
 
@@ -58,9 +58,7 @@ class Trainer:
         self.config = config = resolved_config(setup)
         self.step = setup.progress.get("step", 0)
         self.n_tokens_seen = setup.progress.get("n_tokens_seen", 0)
-        if config.debug.deterministic:
-            _be_deterministic(config.debug.deterministic_warn_only)
-
+        self.arithmetic = arithmetic(config.debug)
         self.part = sequence_part(config.parallelism, setup.degrees, world.rank)
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
@@ -137,7 +135,9 @@ class Trainer:
         config = self.config
         gc.disable()  # collections happen at chosen steps only
         stack.callback(gc.enable)
-        stack.enter_context(sdpa_kernel(SDPA_PRIORITY, set_priority=True))
+        # cuDNN's backward adds up in no fixed order.
+        kernels = SDPA_PRIORITY[1:] if config.debug.deterministic else SDPA_PRIORITY
+        stack.enter_context(sdpa_kernel(kernels, set_priority=True))
         stack.enter_context(loss_layout(self.setup.degrees.tp, config.parallelism))
         self.metrics.start(self.step)
         stack.callback(self.metrics.close)
@@ -191,7 +191,8 @@ class Trainer:
         """
         rows, mark = range(len(batch.tokens)), partial(self.watchdog.mark, self.step)
         training = self.config.training
-        return self.model.forward_backward(batch, rows, max(num_tokens, 1), training, mark)
+        with self.arithmetic:
+            return self.model.forward_backward(batch, rows, max(num_tokens, 1), training, mark)
 
     def _next_batch(self) -> Batch | None:
         """This rank's share of the next global batch; None when no rank has data left."""
@@ -222,7 +223,7 @@ class Trainer:
         validation = self.config.validation
         if not validation.enable or (self.step != 1 and self.step % validation.freq):
             return
-        with self._pause("validation"):
+        with self._pause("validation"), self.arithmetic:
             batches = self._validation_batches(validation.steps)
             loss, num_tokens = validate(self.model, batches, self.setup.degrees)
             self.metrics.log_validation(self.step, loss=loss, num_tokens=num_tokens)
@@ -289,8 +290,3 @@ class Trainer:
         degrees, seed = self.setup.degrees, self.config.debug.seed
         slots = degrees.slots(self.world.rank, num_slots)
         return build_data(section, self.setup.tokenizer, num_slots, slots, seed)
-
-
-def _be_deterministic(warn_only: bool) -> None:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=warn_only)

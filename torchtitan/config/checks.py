@@ -4,6 +4,7 @@ Rules that need the number of ranks are in distributed/mesh.py, those of a model
 models/decoder.py (`update_from_config`), those of sources and tokenizers in data.
 """
 
+import json
 from collections.abc import Callable, Iterator
 
 from torchtitan.config.batch_size import global_batch_size
@@ -321,6 +322,31 @@ def warnings_need_determinism(config: JobConfig) -> Iterator[Fault]:
         yield Fault("debug.deterministic_warn_only", reason, value=True)
 
 
+def batch_invariance_is_possible(config: JobConfig) -> Iterator[Fault]:
+    if not config.debug.batch_invariant:
+        return
+    parallelism, sums = config.parallelism, "sums over ranks depend on where a row lies in the message"
+    asked = {
+        "compile.enable": (config.compile.enable, False, "compiled products are chosen by shape"),
+        "model.converters": (config.model.converters, [], "quantized products are chosen by shape"),
+        "debug.moe_force_load_balance": (
+            config.debug.moe_force_load_balance,
+            False,
+            "a token's turn depends on its place",
+        ),
+        "parallelism.tensor_parallel_degree": (parallelism.tensor_parallel_degree, 1, sums),
+        "parallelism.context_parallel_degree": (
+            parallelism.context_parallel_degree,
+            1,
+            "attention is computed for whole documents",
+        ),
+    }
+    for key, (value, needed, why) in asked.items():
+        if value != needed:
+            reason = f"does not go with debug.batch_invariant: {why}."
+            yield Fault(key, reason, f"Use {json.dumps(needed)}.", value)
+
+
 RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     counts_are_large_enough,
     counts_of_all_are_positive_or_minus_one,
@@ -346,5 +372,6 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     pipeline_splits_the_batch_evenly,
     emulated_float8_is_not_compiled,
     warnings_need_determinism,
+    batch_invariance_is_possible,
     refusals,
 )

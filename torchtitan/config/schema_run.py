@@ -154,6 +154,9 @@ class Debug:
     moe_force_load_balance: bool = False
     """Send tokens to experts in turn, whatever the router says; for benchmarks."""
 
+    batch_invariant: bool = False
+    """Ours. Compute each document's logits with the same bits in any batch and place; slower."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimation:

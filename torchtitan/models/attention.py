@@ -12,12 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from torchtitan.models.attention_mask import AttentionMask, SpanMasks, VarlenMask, compiled
+from torchtitan.models.attention_mask import (
+    AttentionMask,
+    SeparateMasks,
+    SpanMasks,
+    VarlenMask,
+    compiled,
+)
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.rope import apply_rope
 from torchtitan.sharding import Fragment, Style
@@ -47,6 +53,8 @@ def attend(
     """
     if isinstance(mask, SpanMasks):
         return _attend_by_span(q, k, v, mask, scale, sinks)
+    if isinstance(mask, SeparateMasks):
+        return _attend_separately(q, k, v, mask, scale, sinks)
     if isinstance(mask, VarlenMask):
         assert sinks is None, "the varlen kernel's log-sum-exp has no gradient (torch 2.11, 2.13)"
         return _attend_varlen(q, k, v, mask, scale)
@@ -67,6 +75,19 @@ def _attend_by_span(q, k, v, mask: SpanMasks, scale: float | None, sinks) -> tor
         for part, (_, stop), of_span in zip(parts, mask.spans, mask.masks, strict=True)
     ]
     return torch.cat(outs, dim=1)
+
+
+def _attend_separately(q, k, v, mask: SeparateMasks, scale: float | None, sinks) -> torch.Tensor:
+    # cuDNN, the first of SDPA_PRIORITY, prepares itself anew for every length.
+    with sdpa_kernel(SDPA_PRIORITY[1:], set_priority=True):
+        outs = []
+        for row, lengths in enumerate(mask.lengths):
+            pieces = zip(*(x[row : row + 1].split(lengths, dim=1) for x in (q, k, v)), strict=True)
+            # Copies: kernels are chosen by alignment, too.
+            copies = ([x.clone(memory_format=torch.contiguous_format) for x in p] for p in pieces)
+            parts = [attend(*p, mask.masks[p[0].shape[1]], scale, sinks) for p in copies]
+            outs.append(torch.cat(parts, dim=1))
+    return torch.cat(outs)
 
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:

@@ -71,7 +71,17 @@ class SpanMasks:
     masks: "tuple[AttentionMask, ...]"
 
 
-AttentionMask = BlockMask | VarlenMask | SpanMasks | torch.Tensor | None
+@dataclass(frozen=True)
+class SeparateMasks:
+    """Each document goes through attention by itself, so that no other one changes its bits."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Of the documents of each sequence."""
+    masks: "Mapping[int, AttentionMask]"
+    """By the length of a document."""
+
+
+AttentionMask = BlockMask | VarlenMask | SpanMasks | SeparateMasks | torch.Tensor | None
 """None is causal over a whole sequence."""
 
 
@@ -111,6 +121,21 @@ class Documents:
         return cls(part.cut(positions), masks)
 
     @classmethod
+    def separate(
+        cls, lengths: list[list[int]], patterns: Iterable[Pattern], device: torch.device
+    ) -> "Documents":
+        """For SDPA of every document by itself, in whole sequences."""
+        found = sorted({length for row in lengths for length in row})
+        places = {length: torch.arange(length, device=device) for length in found}
+        positions = torch.stack([torch.cat([places[n] for n in row]) for row in lengths])
+        rows = tuple(map(tuple, lengths))
+        masks = {
+            pattern: SeparateMasks(rows, {n: _mask_of_one(places[n], pattern) for n in found})
+            for pattern in patterns
+        }
+        return cls(positions, masks)
+
+    @classmethod
     def causal(
         cls, length: int, device: torch.device, part: SequencePart, queries: SequencePart
     ) -> "Documents":
@@ -141,6 +166,17 @@ def _rule(document_ids: torch.Tensor, positions: torch.Tensor, pattern: Pattern)
         return seen
 
     return sees
+
+
+def _mask_of_one(positions: torch.Tensor, pattern: Pattern) -> torch.Tensor | None:
+    """Of one document, given its positions (n,)."""
+    pattern = pattern.within(len(positions))
+    if pattern == Pattern():
+        return None
+    positions = positions[None]
+    whole = [range(positions.shape[1])]
+    ids = torch.zeros_like(positions)
+    return _dense_mask(ids, _rule(ids, positions, pattern), whole)
 
 
 def _causal_mask(spans: list[range], device: torch.device) -> AttentionMask:

@@ -60,8 +60,10 @@ class DecoderConfig:
     """Attention kernel on GPUs; CPUs compute all of them by SDPA."""
     attn_mask_type: Literal["causal", "block_causal"] = "causal"
     """causal: over the whole packed sequence; block_causal: each document by itself."""
+    batch_invariant: bool = False
+    """Each document goes through attention by itself. Set by `update_from_config`, as the next."""
     seq_len: int = 0
-    """Longest sequence of this run, set by `update_from_config`: the length of the RoPE table."""
+    """Longest sequence of this run: the length of the RoPE table."""
 
     @property
     def head_dim(self) -> int:
@@ -111,13 +113,20 @@ class DecoderConfig:
         moe = self.moe and replace(
             self.moe,
             force_load_balance=config.debug.moe_force_load_balance,
-            experts_backend=config.moe.experts_backend,
+            experts_backend=(
+                "reference" if config.debug.batch_invariant else config.moe.experts_backend
+            ),
             max_rows_per_chunk=config.moe.max_rows_per_chunk,
             sequence_balance_coeff=config.moe.sequence_balance_coeff,
             global_balance_coeff=config.moe.global_balance_coeff,
             router_z_coeff=config.moe.router_z_coeff,
         )
-        return replace(self, moe=moe, seq_len=max(sequence_lengths(config).values()))
+        return replace(
+            self,
+            moe=moe,
+            batch_invariant=config.debug.batch_invariant,
+            seq_len=max(sequence_lengths(config).values()),
+        )
 
     def _size_faults(self) -> Iterator[Fault]:
         names = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"]
@@ -362,12 +371,15 @@ class Decoder(nn.Module):
         None where every token is here and sees all before it, which SDPA knows by itself.
         """
         parts, attn_type = (self.sequence_part, self.query_part), self.config.attn_type
-        if self.config.attn_mask_type == "causal":
-            if self.patterns == {Pattern()} and attn_type == "sdpa":
-                if self.sequence_part == WHOLE:
-                    return None
-                return Documents.causal(sum(lengths[0]), device, *parts)
+        causal = self.config.attn_mask_type == "causal"
+        if causal:
             lengths = [[sum(row)] for row in lengths]
+        if self.config.batch_invariant:
+            return Documents.separate(lengths, self.patterns, device)
+        if causal and self.patterns == {Pattern()} and attn_type == "sdpa":
+            if self.sequence_part == WHOLE:
+                return None
+            return Documents.causal(lengths[0][0], device, *parts)
         return Documents.build(lengths, self.patterns, attn_type, device, *parts)
 
     @property
@@ -388,7 +400,8 @@ class Decoder(nn.Module):
         A stage of a pipeline takes the `hidden` states (B, L, D) of the one before, and all but the
         last return their own.
         """
-        if documents is None and (self.patterns, self.sequence_part) != ({Pattern()}, WHOLE):
+        plain = (self.patterns, self.sequence_part) == ({Pattern()}, WHOLE)
+        if documents is None and (self.config.batch_invariant or not plain):
             length = tokens.shape[1] * self.sequence_part.num_ranks
             documents = self.documents([[length]] * len(tokens), tokens.device)
         if documents is None:

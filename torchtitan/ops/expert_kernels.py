@@ -4,7 +4,7 @@ R rows, G groups, K and N widths; counts (G,) int64 says how many rows each grou
 be below R: what `rows` gives for the rows after them is undefined, and `weights` leaves them out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from torchtitan.logging import logger
+from torchtitan.ops.row_products import grouped_product, groups, one_thread
 from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
-
-REFERENCE_BLOCK = 16
-"""Rows, and multiples of columns, that the reference multiplies at a time."""
 
 _VECTORS = 32
 """Rows that the reference gates at a time: with any width whole pairs of vectors, also AVX-512's.
@@ -101,30 +99,15 @@ def _grouped_mm_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) 
 
 def _loop(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     out = a.new_empty(len(a), b.shape[2])
-    for group, rows in _groups(counts):
+    for group, rows in groups(counts):
         torch.mm(a[rows], b[group], out=out[rows])
     return out
 
 
 def _loop_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     out = a.new_zeros(len(counts), a.shape[1], b.shape[1])
-    for group, rows in _groups(counts):
+    for group, rows in groups(counts):
         torch.mm(a[rows].t(), b[rows], out=out[group])
-    return out
-
-
-def _reference(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Fixed blocks, zero-filled: a row's bits depend on no other row, nor on how many there are.
-
-    A plain product's do, on CPU too: libraries choose kernels by shape and alignment.
-    """
-    wide = _wide(a.dtype)
-    out = a.new_empty(len(a), b.shape[2])
-    for group, rows in _groups(counts):
-        matrix = _fill_blocks(b[group].to(wide))
-        for part in _blocks(rows.start, rows.stop):
-            product = _fill_blocks(a[part].to(wide)) @ matrix
-            out[part] = product[: part.stop - part.start, : out.shape[1]]
     return out
 
 
@@ -132,15 +115,10 @@ def _reference_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -
     """Row after row: a zero row anywhere among them changes no bit."""
     wide = _wide(a.dtype)
     out = torch.zeros(len(counts), a.shape[1], b.shape[1], dtype=wide, device=a.device)
-    for group, rows in _groups(counts):
+    for group, rows in groups(counts):
         for row in range(rows.start, rows.stop):
             out[group].addcmul_(a[row].to(wide).unsqueeze(1), b[row].to(wide))
     return out.to(a.dtype)
-
-
-def _blocks(start: int, stop: int) -> Iterator[slice]:
-    for first in range(start, stop, REFERENCE_BLOCK):
-        yield slice(first, min(first + REFERENCE_BLOCK, stop))
 
 
 def _full_blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -149,21 +127,6 @@ def _full_blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
     filled = x.new_zeros(num_blocks * _VECTORS, *x.shape[1:])
     filled[: len(x)] = x
     return filled.split(_VECTORS)
-
-
-def _fill_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """A copy with zeros below and to the right, up to whole blocks."""
-    height, width = matrix.shape
-    return F.pad(matrix, (0, -width % REFERENCE_BLOCK, 0, -height % REFERENCE_BLOCK))
-
-
-def _groups(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Groups that have rows, and where these are. Waits for the device."""
-    start = 0
-    for group, count in enumerate(counts.tolist()):
-        if count:
-            yield group, slice(start, start + count)
-        start += count
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -179,7 +142,8 @@ def _reference_swiglu(
     """In full blocks too, of whole vectors."""
     factors = z.new_ones(len(z)) if scores is None else scores
     blocks = zip(_full_blocks(z), _full_blocks(factors), strict=True)
-    return torch.cat([swiglu(*block, gating) for block in blocks])[: len(z)]
+    with one_thread():
+        return torch.cat([swiglu(*block, gating) for block in blocks])[: len(z)]
 
 
 def _reference_swiglu_backward(
@@ -191,11 +155,12 @@ def _reference_swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     factors = z.new_ones(len(z)) if scores is None else scores
     blocks = zip(_full_blocks(d_act), _full_blocks(z), _full_blocks(factors), strict=True)
-    results = zip(*(swiglu_backward(*block, gating) for block in blocks), strict=True)
+    with one_thread():
+        results = zip(*[swiglu_backward(*block, gating) for block in blocks], strict=True)
     act, d_z, d_scores = (torch.cat(parts)[: len(z)] for parts in results)
     return act, d_z, None if scores is None else d_scores
 
 
 GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)
 LOOP = Kernels(_loop, _loop_weights)
-REFERENCE = Kernels(_reference, _reference_weights, _reference_swiglu, _reference_swiglu_backward)
+REFERENCE = Kernels(grouped_product, _reference_weights, _reference_swiglu, _reference_swiglu_backward)

@@ -66,6 +66,25 @@ def swiglu_backward(
     return act, d_z, d_scores
 
 
+def grouped_product(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """As ops/row_products.py's `grouped_product`.
+
+    Tiles and the order of sums depend on the dtype alone, and no sum is split.
+    """
+    (num_rows, width), (num_groups, _, out_width) = a.shape, b.shape
+    out = a.new_empty(num_rows, out_width)
+    if num_rows:
+        rows, columns, depth = (64, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
+        # Every group may leave one tile of rows half empty.
+        grid = triton.cdiv(num_rows, rows) + num_groups, triton.cdiv(out_width, columns)
+        sizes = num_groups, width, out_width, triton.next_power_of_2(num_groups)
+        strides = *a.stride(), *b.stride()
+        _grouped_product[grid](
+            a, b, out, counts, *sizes, *strides, rows, columns, depth, num_warps=8, num_stages=3
+        )
+    return out
+
+
 def _block(width: int) -> int:
     return min(_MAX_BLOCK, triton.next_power_of_2(width))
 
@@ -84,6 +103,53 @@ def _sum_rows(
             present = inside & (row >= 0)
             total += tl.load(y + row * y_stride + columns, present, other=0.0).to(tl.float32)
         tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _grouped_product(
+    a,
+    b,
+    out,
+    counts,
+    num_groups,
+    width,
+    out_width,
+    groups: tl.constexpr,
+    a_row,
+    a_column,
+    b_group,
+    b_row,
+    b_column,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    tile_depth: tl.constexpr,
+):
+    # Tiles of rows are those of group 0, of group 1, ...: which one is this?
+    tile = tl.program_id(0)
+    index = tl.arange(0, groups)
+    sizes = tl.load(counts + index, index < num_groups, other=0)
+    tiles = (sizes + tile_rows - 1) // tile_rows
+    group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    if group < num_groups:
+        before = index < group
+        inside = (tile - tl.sum(tl.where(before, tiles, 0), 0)) * tile_rows + tl.arange(0, tile_rows)
+        size = tl.sum(tl.where(index == group, sizes, 0), 0)
+        rows = tl.sum(tl.where(before, sizes, 0), 0) + inside
+        columns = tl.program_id(1) * tile_columns + tl.arange(0, tile_columns)
+        depth = tl.arange(0, tile_depth)
+        used_rows, used_columns = (inside < size)[:, None], (columns < out_width)[None, :]
+        at_a = a + rows[:, None].to(tl.int64) * a_row
+        at_b = b + group.to(tl.int64) * b_group + columns[None, :].to(tl.int64) * b_column
+        total = tl.zeros([tile_rows, tile_columns], dtype=tl.float32)
+        for start in range(0, width, tile_depth):
+            k = start + depth
+            left = tl.load(at_a + k[None, :] * a_column, used_rows & (k < width)[None, :], other=0.0)
+            right = tl.load(
+                at_b + k[:, None].to(tl.int64) * b_row, used_columns & (k < width)[:, None], other=0.0
+            )
+            total = tl.dot(left, right, total, input_precision="ieee")
+        at_out = out + rows[:, None].to(tl.int64) * out_width + columns[None, :]
+        tl.store(at_out, total.to(out.dtype.element_ty), used_rows & used_columns)
 
 
 @triton.jit
