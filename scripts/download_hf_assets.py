@@ -21,16 +21,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from torchtitan.checkpoint.hf_names import CONFIG, GENERATION, TOKENIZER
+
 PATTERNS = {
-    "tokenizer": (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.*",
-        "merges.txt",
-        "chat_template*",
-    ),
-    "config": ("config.json", "generation_config.json"),
+    "tokenizer": TOKENIZER,
+    "config": (CONFIG, GENERATION),
     "safetensors": ("*.safetensors",),
     "index": ("*.safetensors.index.json",),
 }

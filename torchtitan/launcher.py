@@ -4,6 +4,7 @@
 """
 
 import glob
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
@@ -33,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     if args.training_script == TRAIN_MODULE:
         if preflight.is_dry_run(args.training_script_args):
             return train.main(args.training_script_args)
-        status = preflight.main(args.training_script_args)
+        status = _checked(args.training_script_args)
         if status != 0:
             return status
     own_log_dir = None if args.log_dir else tempfile.mkdtemp(prefix="torchtitan_logs_")
@@ -42,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     told: list[int] = []
     _pass_on_signals(told)
+    _end_when_saved()
     try:
         run(args)
     except ChildFailedError as error:
@@ -56,6 +60,32 @@ def main(argv: Sequence[str]) -> int:
     if own_log_dir:
         shutil.rmtree(own_log_dir)
     return status
+
+
+def _checked(argv: Sequence[str]) -> int:
+    """The preflight's exit status. In a process that ends: what it takes of a GPU would stay taken."""
+    check = multiprocessing.get_context("fork").Process(target=_exit_as_checked, args=(argv,))
+    check.start()
+    check.join()
+    return check.exitcode
+
+
+def _exit_as_checked(argv: Sequence[str]) -> None:
+    sys.exit(preflight.main(argv))
+
+
+def _end_when_saved() -> None:
+    """Let torchrun start no rank again (PET_MAX_RESTARTS) where one has saved and ended on request."""
+    # Private as of torch 2.13; there is no public way to choose by exit status.
+    watch = LocalElasticAgent._monitor_workers
+
+    def watch_and_choose(self: LocalElasticAgent, ranks: WorkerGroup) -> RunResult:
+        result = watch(self, ranks)
+        if EXIT_START_AGAIN in (failure.exitcode for failure in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = watch_and_choose
 
 
 def _pass_on_signals(told: list[int]) -> None:

@@ -15,7 +15,13 @@ from typing import TypeVar
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from torchtitan.checkpoint.find import Progress, find_checkpoint, read_progress
+from torchtitan.checkpoint.find import (
+    Progress,
+    find_checkpoint,
+    is_own,
+    own_folder,
+    read_progress,
+)
 from torchtitan.checkpoint.hf_pieces import mismatches
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.manager import find_altered
@@ -189,7 +195,7 @@ def _check_data(config: JobConfig) -> None:
 
 
 def _check_hugging_face_load(hf: HuggingFace, config: JobConfig, checkpoint: Path) -> None:
-    own, load = _is_own(checkpoint, config), config.checkpoint
+    own, load = is_own(checkpoint, _own_folder(config)), config.checkpoint
     if is_folder(checkpoint) or (load.initial_load_in_hf and not own):
         hf.check_load(checkpoint, load.initial_load_in_hf_quantized and not own)
 
@@ -214,22 +220,23 @@ def _check_weights(checkpoint: Path, model: DecoderConfig) -> None:
         raise ConfigError(faults)
 
 
-def _is_own(checkpoint: Path, config: JobConfig) -> bool:
-    return checkpoint.parent == Path(config.job.dump_folder) / config.checkpoint.folder
+def _own_folder(config: JobConfig) -> Path:
+    return own_folder(config.checkpoint, Path(config.job.dump_folder))
 
 
 def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
     """What the run takes over from its checkpoint beside the tensors."""
     if checkpoint is None:
         return {}
-    if not _is_own(checkpoint, config) and config.checkpoint.initial_load_model_only:
+    own = is_own(checkpoint, _own_folder(config))
+    if not own and config.checkpoint.initial_load_model_only:
         return {}
     progress = read_progress(checkpoint)
     if progress["step"] == 0:  # a seed checkpoint: weights for a new run
         return {}
     if progress["model_only"] and not progress.get("data_ended") and progress["step"] < config.training.steps:
         reason = f"{checkpoint} holds only the weights, so training cannot go on from it."
-        if _is_own(checkpoint, config):
+        if own:
             remedy = (
                 "Load an earlier step, or start a new run from it by checkpoint.initial_load_path. "
                 "checkpoint.last_save_model_only = false keeps the last save complete."

@@ -1,6 +1,7 @@
 """What a user of run_train.sh meets: help, mistakes, exit statuses, signals, ranks that stop."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration_tests.run_tests import CONFIG_FILE, LAUNCHER_VARIABLES, REPO
+from torchtitan import launcher, preflight
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
 ENVIRONMENT |= {"VIRTUAL_ENV": sys.prefix, "CONFIG_FILE": str(CONFIG_FILE)}
@@ -88,6 +90,27 @@ def test_the_status_of_a_rank_is_the_status_of_the_run(tmp_path, ngpu):
     assert _run(**module)[0] == 75
     status, output = _run(**module, WORDS="1")  # of a rank whose output is not shown
     assert (status, "last words" in output) == (1, True), output
+
+
+@pytest.mark.parametrize(("status", "num_starts"), [(75, 1), (1, 3)])
+def test_a_run_that_has_saved_is_not_started_again_by_torchrun(tmp_path, status, num_starts):
+    """PET_MAX_RESTARTS is for failures; status 75 is the caller's to answer."""
+    starts = tmp_path / "starts"
+    (tmp_path / "ends.py").write_text(
+        f"import os, sys\nif os.environ['RANK'] == '0': open({str(starts)!r}, 'a').write('x')\n"
+        f"sys.exit({status})\n"
+    )
+    module = {"PYTHONPATH": str(tmp_path), "TRAIN_FILE": "ends", "NGPU": "2"}
+    found, output = _run(**module, PET_MAX_RESTARTS="2")
+    assert (found, len(starts.read_text())) == (status, num_starts), output
+
+
+def test_the_launcher_itself_touches_no_gpu(monkeypatch):
+    """The check picks a GPU, and so takes some of its memory, in a process that ends."""
+    checked_in = multiprocessing.Value("i")
+    monkeypatch.setattr(preflight, "main", lambda argv: setattr(checked_in, "value", os.getpid()) or 2)
+    assert launcher.main(["-m", "torchtitan.train"]) == 2
+    assert checked_in.value not in (0, os.getpid())
 
 
 @pytest.mark.parametrize(

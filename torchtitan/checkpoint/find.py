@@ -29,7 +29,7 @@ def find_checkpoint(
     """
     if not config.enable:
         return None
-    folder = dump_folder / config.folder
+    folder = own_folder(config, dump_folder)
     own = storage.candidates(folder)
     if config.create_seed_checkpoint:
         _refuse_seed_after(own)
@@ -58,6 +58,16 @@ def find_checkpoint(
     if config.initial_load_path is None:
         return None
     return _initial(Path(config.initial_load_path), altered or {})
+
+
+def own_folder(config: Checkpoint, dump_folder: Path) -> Path:
+    """Where a run's checkpoints are."""
+    return dump_folder / config.folder
+
+
+def is_own(checkpoint: Path, folder: Path) -> bool:
+    """Whether a run whose checkpoints are in `folder` goes on from this one; else it begins with it."""
+    return checkpoint.parent == folder
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from torchtitan.checkpoint.hf_files import (
-    CONFIG,
     DTYPES,
     EIGHT_BITS,
     SCALE_SUFFIX,
@@ -17,6 +16,7 @@ from torchtitan.checkpoint.hf_files import (
     block_scales,
     read_json,
 )
+from torchtitan.checkpoint.hf_names import CONFIG
 from torchtitan.checkpoint.hf_pieces import is_dropped, mismatches, pieces, twins
 from torchtitan.checkpoint.hf_reader import PieceReader, read_into
 from torchtitan.config.faults import ConfigError, Fault

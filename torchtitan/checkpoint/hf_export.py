@@ -21,7 +21,6 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from tqdm import tqdm
 
-from torchtitan.checkpoint.hf_files import INDEX, SINGLE
 from torchtitan.checkpoint.hf_folder import (
     num_ranks,
     published,
@@ -29,6 +28,7 @@ from torchtitan.checkpoint.hf_folder import (
     write_config,
     write_json,
 )
+from torchtitan.checkpoint.hf_names import INDEX, SINGLE
 from torchtitan.checkpoint.hf_pieces import Piece, is_statistic, mismatches, only_ours, pieces
 from torchtitan.checkpoint.hf_reader import Box, read_boxes
 from torchtitan.checkpoint.writer import together

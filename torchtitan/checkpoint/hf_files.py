@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from torchtitan.checkpoint.hf_names import INDEX, SINGLE
 from torchtitan.checkpoint.hf_pieces import Slices, Source
 from torchtitan.config.faults import ConfigError, Fault
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-CONFIG = "config.json"
 SCALE_SUFFIX = "_scale_inv"
 """Of the name of a quantized tensor's scales."""
 EIGHT_BITS = "F8_E4M3"

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan.checkpoint.hf_files import CONFIG, read_json
+from torchtitan.checkpoint.hf_files import read_json
+from torchtitan.checkpoint.hf_names import CONFIG, GENERATION, TOKENIZER
 from torchtitan.config.faults import ConfigError, Fault
 
-_GENERATION = "generation_config.json"
-_ASSETS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-_ASSETS += ("chat_template*", _GENERATION)
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -50,15 +48,15 @@ def write_config(
     """Write config.json and generation_config.json, and copy a tokenizer's files from `assets`."""
     tokens: dict[str, int | None] = dict.fromkeys(_TOKENS)
     if assets is not None:
-        for pattern in _ASSETS:
+        for pattern in (*TOKENIZER, GENERATION):
             for file in assets.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
         tokens |= _special_tokens(assets)
     # As transformers 4 calls it; 5 reads it too.
     dtype_name = {"torch_dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / CONFIG, {**config, **tokens, **dtype_name})
-    if not (folder / _GENERATION).exists():
-        write_json(folder / _GENERATION, {"_from_model_config": True, **tokens})
+    if not (folder / GENERATION).exists():
+        write_json(folder / GENERATION, {"_from_model_config": True, **tokens})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from torchtitan.checkpoint.hf import fill, open_folder
 from torchtitan.checkpoint.hf_export import Export, save
-from torchtitan.checkpoint.hf_files import CONFIG
+from torchtitan.checkpoint.hf_names import CONFIG
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.logging import logger
 

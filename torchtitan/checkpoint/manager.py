@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint import storage
-from torchtitan.checkpoint.find import Progress, read_progress
+from torchtitan.checkpoint.find import Progress, is_own, own_folder, read_progress
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
@@ -56,7 +56,7 @@ class CheckpointManager:
         origin: Mapping[str, Any] | None = None,
     ):
         self.config = config
-        self.folder = dump_folder / config.folder
+        self.folder = own_folder(config, dump_folder)
         self.model_state = model_state
         self.optimizer_state = optimizer_state
         self.hf = hf
@@ -73,7 +73,7 @@ class CheckpointManager:
         Raises CheckpointFailed where the checkpoint has other tensors than the model.
         """
         start = time.perf_counter()
-        own = checkpoint.parent == self.folder
+        own = is_own(checkpoint, self.folder)
         if is_folder(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
             together(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
