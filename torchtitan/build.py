@@ -17,6 +17,7 @@ from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.pipeline import Hidden, Pipeline, TiedWeight
 from torchtitan.model_parts import ModelParts
 from torchtitan.models.decoder import TIED_WEIGHT, Decoder, DecoderConfig
+from torchtitan.models.flops import flops_per_token
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.observability.metrics import MetricsLogger, Workload
 
@@ -118,7 +119,7 @@ def build_metrics(
     workload = Workload(
         num_steps=training.steps,
         tokens_per_step=training.global_batch_size * training.seq_len,
-        flops_per_token=model_config.flops_per_token(training.seq_len),
+        flops_per_token=flops_per_token(model_config, training.seq_len),
         num_devices=world.size,
     )
     dump_folder = config.job.dump_folder

@@ -192,30 +192,7 @@ class DecoderConfig:
             moe=moe,
         )
 
-    def flops_per_token(self, seq_len: int) -> tuple[float, float]:
-        """Forward and backward FLOPs a token, attention counted (in full, by what masks leave).
-
-        Matrix products cost 2 FLOPs a weight forward and 4 backward, of the weights that a token
-        meets: of the experts, the K it goes to. Attention's two products cost 2 a channel forward
-        for each token that a token is held against: in full all L of the sequence, in every layer;
-        by masks those before it that the layer's pattern lets it see, L / 2 on average without
-        windows and chunks. Recomputation is not counted, nor are norms, activations and the
-        embedding's look-up.
-        """
-        weights, channels = self._attention_costs()
-        dense = 3 * self.dim * self.ffn_dim
-        weights = self.n_layers * weights + (self.n_layers - self.n_moe_layers) * dense
-        if self.n_moe_layers:
-            experts = self.moe.top_k + self.moe.num_shared_experts
-            router = self.dim * self.moe.num_experts
-            weights += self.n_moe_layers * (router + 3 * self.dim * self.moe.ffn_dim * experts)
-        weights += self.dim * self.vocab_size
-        patterns = [self.attention_pattern(layer_id) for layer_id in range(self.n_layers)]
-        seen = sum(pattern.mean_seen(seq_len) for pattern in patterns)
-        full = self.n_layers * seq_len
-        return 6.0 * (weights + channels * full), 6.0 * (weights + channels * seen)
-
-    def _attention_costs(self) -> tuple[int, int]:
+    def attention_costs(self) -> tuple[int, int]:
         """A layer's attention weights, and the channels that its two products run over."""
         width = self.n_heads * self.head_dim
         return 2 * self.dim * (width + self.n_kv_heads * self.head_dim), 2 * width

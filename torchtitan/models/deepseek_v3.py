@@ -61,7 +61,7 @@ class DeepSeekV3Config(DecoderConfig):
         )
         return replace(super().shrunk(tp), latent=latent)
 
-    def _attention_costs(self) -> tuple[int, int]:
+    def attention_costs(self) -> tuple[int, int]:
         channels = self.n_heads * (self.latent.qk_head_dim + self.latent.v_head_dim)
         return self.latent.weights(self.dim, self.n_heads), channels
 

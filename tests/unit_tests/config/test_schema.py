@@ -29,6 +29,7 @@ SECTIONS = list(dict.fromkeys(sections()))
 def test_upstreams_149_keys_and_ours():
     ours = {
         "checkpoint.max_run_seconds",
+        "debug.batch_invariant",
         "model.overrides",
         "moe.experts_backend",
         "moe.global_balance_coeff",

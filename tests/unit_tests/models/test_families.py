@@ -15,6 +15,7 @@ from tests.unit_tests.models.helpers import build
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.models.attention_mask import Pattern
+from torchtitan.models.flops import flops_per_token
 from torchtitan.models.registry import families, model_config
 
 ROOT = Path(__file__).parents[3]
@@ -51,16 +52,16 @@ def test_flops_equal_pytorchs_count(name):
         tokens = torch.zeros(1, 128, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             model(tokens, tokens).backward()
-    full, causal = config.flops_per_token(128)
+    full, causal = flops_per_token(config, 128)
     assert counter.get_total_flops() / 128 == pytest.approx(full, rel=0.01)
-    _, channels = config._attention_costs()
+    _, channels = config.attention_costs()
     assert full - causal == pytest.approx(3 * config.n_layers * channels * 128)
 
 
 def test_windows_count_where_masks_do():
     """gpt-oss: half of the layers see 128 of 4096 tokens, the first 127 tokens fewer."""
     config = FLAVORS["gpt_oss-20b"]
-    full, masked = config.flops_per_token(4096)
+    full, masked = flops_per_token(config, 4096)
     seen = [128 - 128 * 127 / 2 / 4096 - 0.5, 4096 / 2]
     assert full - masked == pytest.approx(6 * 2 * 64 * 64 * 12 * (2 * 4096 - sum(seen)))
 
