@@ -47,21 +47,22 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int)
     bytes, else a loop over groups, which waits for the counts to arrive on the host.
     """
     if backend == "reference":
-        return REFERENCE
+        return _on_gpu(REFERENCE_ON_GPU) if device.type == "cuda" else REFERENCE
     assert backend == "auto", f"unknown backend {backend!r}"
     if all(width * dtype.itemsize % 16 == 0 for width in widths) and _has_grouped_mm(dtype, device):
-        return _on_gpu() if device.type == "cuda" else GROUPED_MM
+        return _on_gpu(GROUPED_MM) if device.type == "cuda" else GROUPED_MM
     if device.type == "cuda":
         _warn_of_loop(dtype, widths)
     return LOOP
 
 
 @cache
-def _on_gpu() -> Kernels:
+def _on_gpu(products: Kernels) -> Kernels:
+    """With these products, and passes in Triton, which go row by row."""
     from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
     return replace(
-        GROUPED_MM,
+        products,
         swiglu=triton_kernels.swiglu,
         swiglu_backward=triton_kernels.swiglu_backward,
         clear_after=triton_kernels.clear_after,
@@ -164,3 +165,4 @@ def _reference_swiglu_backward(
 GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)
 LOOP = Kernels(_loop, _loop_weights)
 REFERENCE = Kernels(grouped_product, _reference_weights, _reference_swiglu, _reference_swiglu_backward)
+REFERENCE_ON_GPU = Kernels(grouped_product, _loop_weights)
