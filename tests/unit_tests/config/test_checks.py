@@ -168,6 +168,22 @@ COMBINATIONS = [
 ]
 
 
+COMBINATIONS += [
+    (key, f"--debug.batch_invariant --{key} {value}", f"--debug.batch_invariant --{key} {needed}")
+    for key, value, needed in [
+        ("parallelism.tensor_parallel_degree", "2", "1"),
+        ("parallelism.context_parallel_degree", "2", "1"),
+    ]
+] + [
+    ("compile.enable", "--debug.batch_invariant --compile.enable", "--compile.enable"),
+    (
+        "debug.moe_force_load_balance",
+        "--debug.batch_invariant --debug.moe_force_load_balance",
+        "--debug.batch_invariant",
+    ),
+]
+
+
 @pytest.mark.parametrize(("key", "wrong", "right"), COMBINATIONS, ids=[c[1] for c in COMBINATIONS])
 def test_combinations(key, wrong, right):
     assert refused(wrong) == {key}
