@@ -1,9 +1,10 @@
 """What `[debug]` promises of whole runs: two have the same bits, and no batch changes a sequence's."""
 
 import os
-import tomllib
+
 
 import pytest
+import tomli
 import torch
 
 from tests.distributed_tests.test_training import (
@@ -69,7 +70,7 @@ def test_a_seed_that_was_drawn_is_written_down_and_repeats_the_run(tmp_path):
     for folder, seed in (("first", "None"), ("second", "None"), ("again", None)):
         seed = seeds[0] if seed is None else seed
         curve, *_ = run(tmp_path / folder, **one_step, **{"debug.seed": seed})
-        seeds.append(tomllib.loads((tmp_path / folder / "config.toml").read_text())["debug"]["seed"])
+        seeds.append(tomli.loads((tmp_path / folder / "config.toml").read_text())["debug"]["seed"])
         curves.append(curve[1]["loss"])
     first, second, again = zip(seeds, curves)
     assert first == again and second[0] != first[0] and second[1] != first[1]
