@@ -47,7 +47,8 @@ def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int)
     bytes, else a loop over groups, which waits for the counts to arrive on the host.
     """
     if backend == "reference":
-        return _on_gpu(REFERENCE_ON_GPU) if device.type == "cuda" else REFERENCE
+        in_triton = device.type == "cuda" and dtype != torch.float64  # which computes in fp32
+        return _on_gpu(REFERENCE_ON_GPU) if in_triton else REFERENCE
     assert backend == "auto", f"unknown backend {backend!r}"
     if all(width * dtype.itemsize % 16 == 0 for width in widths) and _has_grouped_mm(dtype, device):
         return _on_gpu(GROUPED_MM) if device.type == "cuda" else GROUPED_MM
