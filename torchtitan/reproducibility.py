@@ -20,8 +20,10 @@ def make_deterministic(debug: Debug) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS adds up in any order
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums inside NVLink switches promise no order
     torch.use_deterministic_algorithms(True, warn_only=debug.deterministic_warn_only)
-    # Inductor would time kernels that add up in different orders, and take the fastest of the day.
-    torch._inductor.config.deterministic = True  # no public name in 2.11 and 2.13
+    # Inductor would time kernels that add up in different orders, and take the fastest of the day. No
+    # public name; torch 2.13 has this one, an older one may choose by time.
+    if hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = True
 
 
 def arithmetic(debug: Debug) -> AbstractContextManager:
