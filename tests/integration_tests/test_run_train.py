@@ -97,7 +97,10 @@ def test_a_run_that_has_saved_is_not_started_again_by_torchrun(tmp_path, status,
     """PET_MAX_RESTARTS is for failures; status 75 is the caller's to answer."""
     starts = tmp_path / "starts"
     (tmp_path / "ends.py").write_text(
-        f"import os, sys\nif os.environ['RANK'] == '0': open({str(starts)!r}, 'a').write('x')\n"
+        "import os, sys, time\n"
+        "if os.environ['RANK'] != '0':\n"
+        "    time.sleep(60)\n"
+        f"open({str(starts)!r}, 'a').write('x')\n"
         f"sys.exit({status})\n"
     )
     module = {"PYTHONPATH": str(tmp_path), "TRAIN_FILE": "ends", "NGPU": "2"}
