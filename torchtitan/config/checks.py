@@ -340,6 +340,11 @@ def batch_invariance_is_possible(config: JobConfig) -> Iterator[Fault]:
             1,
             "attention is computed for whole documents",
         ),
+        "parallelism.expert_parallel_comm_backend": (
+            parallelism.expert_parallel_comm_backend,
+            "standard",
+            "only the standard exchange is held to it",
+        ),
     }
     for key, (value, needed, why) in asked.items():
         if value != needed:
