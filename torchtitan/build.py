@@ -15,11 +15,13 @@ from torchtitan.distributed.comm import World
 from torchtitan.distributed.fsdp import Precision, fill_parameters
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.pipeline import Hidden, Pipeline, TiedWeight
+from torchtitan.logging import logger
 from torchtitan.model_parts import ModelParts
 from torchtitan.models.decoder import TIED_WEIGHT, Decoder, DecoderConfig
 from torchtitan.models.flops import flops_per_token
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.observability.metrics import MetricsLogger, Workload
+from torchtitan.quantization.converters import Conversion, convert
 
 
 def build_model(
@@ -35,16 +37,18 @@ def build_model(
     In a dry run weights are tensors of the mode `fake`, without values.
     """
     meshes = degrees.meshes(device.type)
-    whole = _on_meta(model_config)
+    whole, conversions = _on_meta(model_config, config)
+    if config.model.print_after_conversion:
+        logger.info(whole)
     num_parameters = sum(parameter.numel() for parameter in whole.parameters())
     if degrees.pp == 1:
         _spread(whole, degrees, meshes, precision, config, device, fake)
-        return ModelParts([whole], None, None, num_parameters, device)
+        return ModelParts([whole], None, None, num_parameters, conversions, device)
     plan = PipelinePlan(config, model_config.n_layers)
     group = meshes.dense["pp"].get_group()
     parts = []
     for stage in plan.stages_of(meshes.dense["pp"].get_local_rank()):
-        part = _on_meta(model_config)
+        part, _ = _on_meta(model_config, config)
         part.keep(plan.modules[stage])
         _spread(part, degrees, meshes, precision, config, device, fake)
         parts.append(part)
@@ -57,12 +61,16 @@ def build_model(
         tied = TiedWeight(plan, group, ends)
     length = config.training.seq_len // degrees.cp
     pipeline = Pipeline(plan, parts, group, hidden, length, device)
-    return ModelParts(parts, pipeline, tied, num_parameters, device)
+    return ModelParts(parts, pipeline, tied, num_parameters, conversions, device)
 
 
-def _on_meta(model_config: DecoderConfig) -> Decoder:
+def _on_meta(
+    model_config: DecoderConfig, config: JobConfig
+) -> tuple[Decoder, tuple[Conversion, ...]]:
+    """The whole model, converted. A pipeline's stages are cut from it, so all ranks convert the same."""
     with torch.device("meta"):
-        return model_config.build()
+        model = model_config.build()
+    return model, convert(model, config)
 
 
 def _spread(

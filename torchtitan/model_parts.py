@@ -12,6 +12,7 @@ from torchtitan.data.batch import Batch
 from torchtitan.distributed.fsdp import sync_gradients
 from torchtitan.distributed.pipeline import Pipeline, TiedWeight
 from torchtitan.models.decoder import TIED_WEIGHT, Decoder
+from torchtitan.quantization.conversion import Conversion
 
 Enter = Callable[[nn.Module, slice], None]
 
@@ -63,10 +64,11 @@ class ModelParts:
         pipeline: Pipeline | None,
         tied: TiedWeight | None,
         num_parameters: int,
+        conversions: Sequence[Conversion],
         device: torch.device,
     ):
         self.parts, self.pipeline, self.tied, self.device = parts, pipeline, tied, device
-        self.num_parameters = num_parameters
+        self.num_parameters, self.conversions = num_parameters, conversions
         """Of the whole model."""
         self.entering: Enter = lambda part, rows: None
         """Called before a part computes on these rows of a batch, forward or backward."""
@@ -160,6 +162,9 @@ class ModelParts:
         return model(**microbatches.inputs(model, 0))
 
     def weights_changed(self) -> None:
-        """To be called after an optimizer step and after loading: copies of a tied weight follow."""
+        """To be called after an optimizer step and after loading: what hangs on weights follows them."""
         if self.tied is not None:
             self.tied.copy_weight()
+        for conversion in self.conversions:
+            for part in self.parts if conversion.weights_changed else ():
+                conversion.weights_changed(part)

@@ -45,6 +45,7 @@ from torchtitan.models.registry import model_config
 from torchtitan.observability.profiling import check_memory_snapshot
 from torchtitan.observability.sinks import check_sinks
 from torchtitan.optim.groups import check_no_decay
+from torchtitan.quantization.converters import check_converters, convert, unknown_converters
 
 Result = TypeVar("Result")
 
@@ -87,6 +88,8 @@ def prepare(
 
     attempt(_check_dump_folder, config.job.dump_folder)
     attempt(_check_compiler, config.compile)
+    if not any(fault.setting == "model.converters" for fault in faults):
+        attempt(check_converters, config, device)
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
@@ -121,9 +124,16 @@ def checked_model(config: JobConfig) -> tuple[DecoderConfig | None, list[Fault]]
     faults = list(check_config(config))
     if config.experimental.custom_import:
         faults += _import(config.experimental.custom_import)
+    refused = [fault.value for fault in faults if fault.setting == "model.converters"]
+    unknown = [fault for fault in unknown_converters(config) if fault.value not in refused]
+    faults += unknown
     try:
         flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
-        return flavor.update_from_config(config), faults
+        model = flavor.update_from_config(config)
+        if config.model.converters and not refused and not unknown:
+            with torch.device("meta"):
+                convert(model.build(), config)
+        return model, faults
     except ConfigError as error:
         known = {fault.setting for fault in faults}  # a value is refused once, for the first reason
         return None, faults + [fault for fault in error.faults if fault.setting not in known]

@@ -57,6 +57,7 @@ def describe(
         f"stored in {precision.store}, computed in {precision.compute}, gradients reduced in "
         f"{precision.reduce}"
     )
+    yield from map(str, model.conversions)
     if rows := config.moe.max_rows_per_chunk:
         yield f"experts work on {rows} rows at a time: less memory, and slower"
     names = [*(["pp"] if degrees.pp > 1 else []), "dp_replicate", "dp_shard"]

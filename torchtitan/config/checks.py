@@ -81,13 +81,6 @@ CHOICES = {
     "checkpoint.exclude_from_loading": ("optimizer", "lr_scheduler", "dataloader", "train_state"),
     "fault_tolerance.process_group": ("gloo", "nccl"),
     "fault_tolerance.semi_sync_method": ("local_sgd", "diloco"),
-    "model.converters": (
-        "float8",  # upstream's own 405B file says so; it means quantize.linear.float8
-        "quantize.linear.float8",
-        "quantize.linear.mx",
-        "quantize.grouped_mm.float8",
-        "quantize.grouped_mm.mx",
-    ),
     "optimizer.name": ("Adam", "AdamW"),
     "parallelism.context_parallel_load_balancer": ("headtail", "ptrr"),
 }

@@ -36,10 +36,11 @@ NOT_BUILT = (
         refused=("ptrr",),
     ),
     NotBuilt(
-        "quantized training",
+        "quantizing the products of grouped experts",
         PLANNED,
         ("model.converters",),
-        ("model.print_after_conversion", "quantize"),
+        ("quantize.grouped_mm",),
+        refused=("quantize.grouped_mm.float8", "quantize.grouped_mm.mx"),
     ),
     NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
     NotBuilt("simulating ranks in one process", OUT_OF_SCOPE, ("comm.mode",), refused=("local_tensor",)),
@@ -89,6 +90,8 @@ def refusals(config: JobConfig) -> Iterator[Fault]:
     for row in NOT_BUILT:
         for key in row.switches:
             value, default = values[key], defaults[key]
-            if value in row.refused if row.refused else value != default:
-                reason = f"{row.feature} is not built ({row.status})."
-                yield Fault(key, reason, f"Use {json.dumps(default)}.", value)
+            given = value if isinstance(value, list) and row.refused else [value]
+            for one in given:
+                if one in row.refused if row.refused else one != default:
+                    reason = f"{row.feature} is not built ({row.status})."
+                    yield Fault(key, reason, f"Use {json.dumps(default)}.", one)

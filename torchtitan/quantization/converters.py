@@ -1,0 +1,99 @@
+"""Converters exchange parts of a model before it is spread; `model.converters` names them, in order.
+
+A converter is a function of the whole model, on the meta device, and the config. It changes the model
+in place and says what it did. Names of parameters must stay as they are: weights are drawn by name,
+and checkpoints keep them by name. A module named by experimental.custom_import adds its own:
+
+    register_converter("my.converter", convert)
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.names import nearest
+from torchtitan.config.schema import JobConfig
+from torchtitan.quantization import float8
+from torchtitan.quantization.conversion import Conversion
+
+__all__ = ["Conversion", "Converter", "convert", "register_converter"]
+
+Convert = Callable[[nn.Module, JobConfig], Conversion]
+
+ALIASES = {"float8": "quantize.linear.float8"}
+"""Names that upstream's files use, and what they mean."""
+
+
+@dataclass(frozen=True)
+class Converter:
+    """What a name in model.converters stands for."""
+
+    convert: Convert
+    device_faults: Callable[[JobConfig, torch.device], Iterable[Fault]] = lambda config, device: ()
+    """Why a device cannot compute with what it makes."""
+    emulated: Callable[[JobConfig], JobConfig] = lambda config: config
+    """The config that makes what any CPU can compute with, to the same numbers as nearly as it can."""
+
+
+_CONVERTERS: dict[str, Converter] = {
+    "quantize.linear.float8": Converter(float8.convert, float8.device_faults, float8.emulated),
+}
+
+
+def register_converter(name: str, convert: Convert | Converter) -> None:
+    """Make a converter known under a name; the last registration of a name counts."""
+    _CONVERTERS[name] = convert if isinstance(convert, Converter) else Converter(convert)
+
+
+def convert(model: nn.Module, config: JobConfig) -> tuple[Conversion, ...]:
+    """Run the config's converters on a whole model on the meta device, in place.
+
+    Raises ConfigError where one of them leaves all as it was.
+    """
+    conversions = tuple(converter.convert(model, config) for converter in _named(config))
+    if faults := [_converts_nothing(done) for done in conversions if not done.converted]:
+        raise ConfigError(faults)
+    return conversions
+
+
+def check_converters(config: JobConfig, device: torch.device) -> None:
+    """Raise ConfigError for converters whose results the device cannot compute with."""
+    faults = [fault for converter in _named(config) for fault in converter.device_faults(config, device)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def emulated(config: JobConfig) -> JobConfig:
+    """The config with the emulation of what needs other hardware than a CPU."""
+    for converter in _named(config):
+        config = converter.emulated(config)
+    return config
+
+
+def unknown_converters(config: JobConfig) -> list[Fault]:
+    """A fault for each name that nobody has registered, after custom imports."""
+    known = [*_CONVERTERS, *ALIASES]
+    return [
+        Fault("model.converters", "no such name.", _remedy(name, known), name)
+        for name in config.model.converters
+        if name not in known
+    ]
+
+
+def _remedy(name: str, known: list[str]) -> str:
+    near = nearest(name, known)
+    return f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
+
+
+def _named(config: JobConfig) -> list[Converter]:
+    names = dict.fromkeys(ALIASES.get(name, name) for name in config.model.converters)
+    return [_CONVERTERS[name] for name in names]
+
+
+def _converts_nothing(done: Conversion) -> Fault:
+    left = f": {done.left_in_words()}" if done.left else ", which has none"
+    reason = f"leaves {done.name} none of the model's {done.kind} to convert{left}."
+    return Fault(done.filter_key, reason, "Filter less, or take it out of model.converters.")
