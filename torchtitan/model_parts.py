@@ -13,6 +13,7 @@ from torchtitan.distributed.fsdp import sync_gradients
 from torchtitan.distributed.pipeline import Pipeline, TiedWeight
 from torchtitan.models.decoder import TIED_WEIGHT, Decoder
 from torchtitan.quantization.conversion import Conversion
+from torchtitan.quantization.float8 import plain
 
 Enter = Callable[[nn.Module, slice], None]
 
@@ -90,7 +91,8 @@ class ModelParts:
         state: dict[str, Any] = {}
         for part in self.parts:
             copied = self._copied_in(part)
-            state |= {n: tensor for n, tensor in part.state_dict().items() if n not in copied}
+            held = {name: t for name, t in part.state_dict().items() if name not in copied}
+            state |= {name: plain(tensor) for name, tensor in held.items()}
         return state
 
     def _copied_in(self, part: Decoder) -> tuple[str, ...]:

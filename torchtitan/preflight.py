@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from torchtitan.checkpoint.find import (
@@ -39,13 +40,20 @@ from torchtitan.distributed.async_tensor_parallel import check_async_tensor_para
 from torchtitan.distributed.comm import World, pick_device
 from torchtitan.distributed.expert_parallel.dispatchers import check_comm_backend
 from torchtitan.distributed.mesh import Degrees
+from torchtitan.distributed.plan import match
+from torchtitan.distributed.styles import local_widths
 from torchtitan.logging import init_logger
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
 from torchtitan.observability.profiling import check_memory_snapshot
 from torchtitan.observability.sinks import check_sinks
 from torchtitan.optim.groups import check_no_decay
-from torchtitan.quantization.converters import check_converters, convert, unknown_converters
+from torchtitan.quantization.converters import (
+    check_device,
+    check_layout,
+    convert,
+    unknown_converters,
+)
 
 Result = TypeVar("Result")
 
@@ -89,7 +97,7 @@ def prepare(
     attempt(_check_dump_folder, config.job.dump_folder)
     attempt(_check_compiler, config.compile)
     if not any(fault.setting == "model.converters" for fault in faults):
-        attempt(check_converters, config, device)
+        attempt(check_device, config, device)
     attempt(check_sinks, config.metrics)
     attempt(check_memory_snapshot, config.profiling, device)
     attempt(check_async_tensor_parallel, config.parallelism, device)
@@ -112,6 +120,8 @@ def prepare(
         attempt(hf.check_save)
     progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
+    if model and degrees and config.model.converters and not faults:
+        attempt(_check_converted, model, config, degrees)
     batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
     attempt(_check_data_position, config, progress or {})
     if faults:
@@ -130,7 +140,7 @@ def checked_model(config: JobConfig) -> tuple[DecoderConfig | None, list[Fault]]
     try:
         flavor = model_config(config.model.name, config.model.flavor, config.model.overrides)
         model = flavor.update_from_config(config)
-        if config.model.converters and not refused and not unknown:
+        if config.model.converters and not refused and not unknown:  # each finds what to convert
             with torch.device("meta"):
                 convert(model.build(), config)
         return model, faults
@@ -192,6 +202,20 @@ def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> 
 def _parameter_names(model: DecoderConfig) -> list[str]:
     with torch.device("meta"):
         return [name for name, _ in model.build().named_parameters()]
+
+
+def _check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -> None:
+    """What converters make can be split over the ranks there are."""
+    with torch.device("meta"):
+        whole = model.build()
+    conversions, styles = convert(whole, config), match(whole.parallel_plan(), whole)
+    split_regions = not degrees.route_own_tokens(config.parallelism.enable_sequence_parallel)
+    widths = {
+        name: local_widths(module.weight.shape, styles[name], degrees.tp, split_regions)
+        for name, module in whole.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    check_layout(config, conversions, widths, degrees)
 
 
 def _check_data(config: JobConfig) -> None:

@@ -302,11 +302,24 @@ def pipeline_splits_the_batch_evenly(config: JobConfig) -> Iterator[Fault]:
         yield Fault("parallelism.pipeline_parallel_microbatch_size", reason, value=size)
 
 
-def emulated_float8_is_not_compiled(config: JobConfig) -> Iterator[Fault]:
-    used = {"float8", "quantize.linear.float8"} & set(config.model.converters)
-    if used and config.quantize.linear.float8.emulate and config.compile.enable:
+def float8_options_fit_together(config: JobConfig) -> Iterator[Fault]:
+    prefix, options = "quantize.linear.float8", config.quantize.linear.float8
+    if not {"float8", prefix} & set(config.model.converters):
+        return
+    if options.emulate and config.compile.enable:
         reason = "cannot be combined with compile.enable."
-        yield Fault("quantize.linear.float8.emulate", reason, value=True)
+        yield Fault(f"{prefix}.emulate", reason, value=True)
+    if options.enable_fsdp_float8_all_gather and options.recipe_name not in (None, "tensorwise"):
+        reason = f'needs one scale a weight, and recipe_name = "{options.recipe_name}" has one a row.'
+        remedy = 'Set it to false, or recipe_name = "tensorwise".'
+        yield Fault(f"{prefix}.enable_fsdp_float8_all_gather", reason, remedy, True)
+    if options.precompute_float8_dynamic_scale_for_fsdp and not options.enable_fsdp_float8_all_gather:
+        reason = "computes the scales of weights that are gathered as float8, and none are."
+        remedy = f"Set {prefix}.enable_fsdp_float8_all_gather = true."
+        yield Fault(f"{prefix}.precompute_float8_dynamic_scale_for_fsdp", reason, remedy, True)
+    if "auto_filter_small_kn" in options.filter_fqns and options.recipe_name == "rowwise_with_gw_hp":
+        reason = "torchao knows which sizes gain by tensorwise and rowwise alone."
+        yield Fault(f"{prefix}.filter_fqns", reason, value="auto_filter_small_kn")
 
 
 def warnings_need_determinism(config: JobConfig) -> Iterator[Fault]:
@@ -368,7 +381,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     async_tensor_parallel_overlaps_compiled_exchanges,
     keys_are_exchanged_where_a_way_is_chosen,
     pipeline_splits_the_batch_evenly,
-    emulated_float8_is_not_compiled,
+    float8_options_fit_together,
     warnings_need_determinism,
     batch_invariance_is_possible,
     refusals,

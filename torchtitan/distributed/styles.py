@@ -7,6 +7,7 @@ gradients of its weights' products are added up once, where the module's input w
 a region (an MoE layer) all is local and partial, so that its parts' outputs are added up once.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -55,6 +56,26 @@ def apply_styles(
         if style is not Style.EXPERTS
     }
     parallelize_module(model, mesh, meanings)
+
+
+_SPLIT_DIM = {
+    Style.COLWISE: 0,
+    Style.HEADS_COLWISE: 0,
+    Style.REGION_COLWISE: 0,
+    Style.ROWWISE: 1,
+    Style.HEADS_ROWWISE: 1,
+    Style.REGION_ROWWISE: 1,
+}
+
+
+def local_widths(
+    shape: Sequence[int], style: Style, tp: int, split_regions: bool
+) -> tuple[int, int]:
+    """Of a Linear layer's weight, the part (out, in) that a tensor-parallel rank has."""
+    whole = not split_regions and style in (Style.REGION_COLWISE, Style.REGION_ROWWISE)
+    dim = None if whole else _SPLIT_DIM.get(style)
+    rows, columns = (n // tp if i == dim else n for i, n in enumerate(shape))
+    return rows, columns
 
 
 def loss_layout(tp: int, config: Parallelism) -> AbstractContextManager[None]:

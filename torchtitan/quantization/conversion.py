@@ -37,12 +37,13 @@ class Conversion:
 
     def left_in_words(self) -> str:
         """What is left and why; layers that are alike are named once."""
-        kinds = Counter((_without_numbers(name), reason) for name, reason in self.left.items())
+        kinds = Counter((alike(name), reason) for name, reason in self.left.items())
         return ", ".join(
             f"{name} ({reason})" if count == 1 else f"{count} {name} ({reason})"
             for (name, reason), count in kinds.items()
         )
 
 
-def _without_numbers(name: str) -> str:
+def alike(name: str) -> str:
+    """The name that layers have in common: a star in place of numbers."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

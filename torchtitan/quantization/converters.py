@@ -7,7 +7,7 @@ and checkpoints keep them by name. A module named by experimental.custom_import 
     register_converter("my.converter", convert)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,10 @@ from torch import nn
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import nearest
 from torchtitan.config.schema import JobConfig
-from torchtitan.quantization import float8
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.quantization import float8, mx
 from torchtitan.quantization.conversion import Conversion
+from torchtitan.quantization.linear import Widths
 
 __all__ = ["Conversion", "Converter", "convert", "register_converter"]
 
@@ -34,12 +36,19 @@ class Converter:
     convert: Convert
     device_faults: Callable[[JobConfig, torch.device], Iterable[Fault]] = lambda config, device: ()
     """Why a device cannot compute with what it makes."""
+    layout_faults: Callable[[JobConfig, Widths, Degrees], Iterable[Fault]] = lambda *_: ()
+    """Why what it makes cannot be split as the layout does."""
     emulated: Callable[[JobConfig], JobConfig] = lambda config: config
-    """The config that makes what any CPU can compute with, to the same numbers as nearly as it can."""
+    """The config that makes what any CPU can compute with."""
+    rounds: bool = False
+    """Whether numbers are rounded to fewer bits: then layouts differ by more than their sums' order."""
 
 
 _CONVERTERS: dict[str, Converter] = {
-    "quantize.linear.float8": Converter(float8.convert, float8.device_faults, float8.emulated),
+    module.NAME: Converter(
+        module.convert, module.device_faults, module.layout_faults, module.emulated, rounds=True
+    )
+    for module in (float8, mx)
 }
 
 
@@ -53,24 +62,44 @@ def convert(model: nn.Module, config: JobConfig) -> tuple[Conversion, ...]:
 
     Raises ConfigError where one of them leaves all as it was.
     """
-    conversions = tuple(converter.convert(model, config) for converter in _named(config))
+    conversions = tuple(converter.convert(model, config) for converter in _used(config))
     if faults := [_converts_nothing(done) for done in conversions if not done.converted]:
         raise ConfigError(faults)
     return conversions
 
 
-def check_converters(config: JobConfig, device: torch.device) -> None:
+def check_device(config: JobConfig, device: torch.device) -> None:
     """Raise ConfigError for converters whose results the device cannot compute with."""
-    faults = [fault for converter in _named(config) for fault in converter.device_faults(config, device)]
+    faults = [fault for converter in _used(config) for fault in converter.device_faults(config, device)]
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_layout(
+    config: JobConfig, conversions: Iterable[Conversion], widths: Widths, degrees: Degrees
+) -> None:
+    """Raise ConfigError where what was converted cannot be split so.
+
+    `widths` are those that a rank multiplies, of all weights of the model that are matrices, by module.
+    """
+    faults = []
+    for done in conversions:
+        own = {name: widths[name] for name in done.converted if name in widths}
+        faults += _CONVERTERS[done.name].layout_faults(config, own, degrees)
     if faults:
         raise ConfigError(faults)
 
 
 def emulated(config: JobConfig) -> JobConfig:
     """The config with the emulation of what needs other hardware than a CPU."""
-    for converter in _named(config):
+    for converter in _used(config):
         config = converter.emulated(config)
     return config
+
+
+def rounds(config: JobConfig) -> bool:
+    """Whether some products are of numbers with fewer bits than the model's."""
+    return any(converter.rounds for converter in _used(config))
 
 
 def unknown_converters(config: JobConfig) -> list[Fault]:
@@ -88,9 +117,9 @@ def _remedy(name: str, known: list[str]) -> str:
     return f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
 
 
-def _named(config: JobConfig) -> list[Converter]:
+def _used(config: JobConfig) -> Iterator[Converter]:
     names = dict.fromkeys(ALIASES.get(name, name) for name in config.model.converters)
-    return [_CONVERTERS[name] for name in names]
+    return (_CONVERTERS[name] for name in names)
 
 
 def _converts_nothing(done: Conversion) -> Fault:

@@ -2,35 +2,73 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import Fault
 from torchtitan.config.schema import JobConfig
-from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.linear import choose
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.quantization.conversion import Conversion, alike
+from torchtitan.quantization.library import torchao
+from torchtitan.quantization.linear import Widths, choose, split_faults
 
 NAME = "quantize.linear.float8"
-TENSORWISE = "tensorwise"
+FILTER = f"{NAME}.filter_fqns"
+AUTO_FILTER = "auto_filter_small_kn"
+"""A filter, as upstream spells it: layers too small to gain by float8."""
 MULTIPLE = 16
 """Of which float8 products need their widths."""
 
 
 def convert(model: nn.Module, config: JobConfig) -> Conversion:
     """Exchange Linear layers for those of torchao, as quantize.linear.float8 says, in place."""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
+    float8 = torchao("float8")
     options = config.quantize.linear.float8
-    recipe = options.recipe_name or TENSORWISE
-    converted, left = choose(model, options.filter_fqns, _too_odd)
+    recipe = options.recipe_name or "tensorwise"
+    filters = [part for part in options.filter_fqns if part != AUTO_FILTER]
+    gains = lambda layer, name: True
+    if len(filters) < len(options.filter_fqns):
+        gains = float8._auto_filter_for_recipe(recipe, [])  # no public name in 0.18
+    converted, left = choose(model, filters, partial(_why_left, gains), FILTER)
     settings = replace(
-        Float8LinearConfig.from_recipe_name(recipe),
+        float8.Float8LinearConfig.from_recipe_name(recipe),
         emulate=options.emulate,
         enable_fsdp_float8_all_gather=options.enable_fsdp_float8_all_gather,
+        pad_inner_dim=_pads_tokens(config),
     )
-    convert_to_float8_training(model, config=settings, module_filter_fn=lambda _, name: name in converted)
-    return Conversion(NAME, converted, left, "Linear layers", recipe, f"{NAME}.filter_fqns")
+    float8.convert_to_float8_training(
+        model, config=settings, module_filter_fn=lambda _, name: name in converted
+    )
+    scales = options.precompute_float8_dynamic_scale_for_fsdp
+    return Conversion(
+        NAME,
+        converted,
+        left,
+        "Linear layers",
+        recipe,
+        FILTER,
+        weights_changed=float8.precompute_float8_dynamic_scale_for_fsdp if scales else None,
+    )
+
+
+def _why_left(gains, layer: nn.Linear) -> str:
+    if any(n % MULTIPLE for n in layer.weight.shape):
+        return f"widths must divide by {MULTIPLE}"
+    return "" if gains(layer, "") else "too small to gain"
+
+
+def _pads_tokens(config: JobConfig) -> bool:
+    """Whether a weight's gradient is a product over a number of tokens that float8 does not take."""
+    training, parallelism = config.training, config.parallelism
+    sequences = training.local_batch_size
+    if parallelism.pipeline_parallel_degree > 1:
+        sequences = parallelism.pipeline_parallel_microbatch_size
+    tokens = sequences * training.seq_len // parallelism.context_parallel_degree
+    # Shared experts may have the part of them that a tensor-parallel rank routes.
+    return tokens % (MULTIPLE * parallelism.tensor_parallel_degree) > 0
 
 
 def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
@@ -47,12 +85,33 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
     yield Fault(f"{NAME}.emulate", reason, "Set it to true to try a config out, slowly.", False)
 
 
+def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterator[Fault]:
+    """Faults where the layout splits layers as float8, or gathering it, does not take them."""
+    options = config.quantize.linear.float8
+    if not options.emulate:
+        yield from split_faults(NAME, widths, MULTIPLE, degrees.tp)
+    ranks = degrees.dp_shard * degrees.cp
+    odd = {alike(name): rows for name, (rows, _) in widths.items() if rows % ranks}
+    if options.enable_fsdp_float8_all_gather and odd:
+        layers = ", ".join(f"{rows} rows of {name}" for name, rows in odd.items())
+        reason = f"weights sharded over {ranks} ranks must divide evenly, and these do not: {layers}."
+        remedy = "Set it to false, or filter these layers."
+        yield Fault(f"{NAME}.enable_fsdp_float8_all_gather", reason, remedy, True)
+
+
 def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
     linear = replace(config.quantize.linear, float8=replace(config.quantize.linear.float8, emulate=True))
     return replace(config, quantize=replace(config.quantize, linear=linear))
 
 
-def _too_odd(layer: nn.Linear) -> str:
-    widths = (layer.in_features, layer.out_features)
-    return "" if not any(n % MULTIPLE for n in widths) else f"widths must divide by {MULTIPLE}"
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as checkpoints have it, the same memory: out of what FSDP gathers as float8."""
+    if not isinstance(tensor, DTensor):
+        return getattr(tensor, "_tensor", tensor)  # of torchao's WeightWithDynamicFloat8CastTensor
+    local = tensor.to_local()
+    if (inner := plain(local)) is local:
+        return tensor
+    layout = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
+    shape = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(inner, **layout, run_check=False, **shape)

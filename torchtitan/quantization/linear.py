@@ -1,39 +1,68 @@
 """Which Linear layers of a model are computed in low precision, and which are not."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import nn
 
+from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import nearest
+from torchtitan.quantization.conversion import alike
 
 Refuse = Callable[[nn.Linear], str]
 """Why a layer is left; empty where it need not be."""
+Widths = Mapping[str, tuple[int, int]]
+"""Of layers by name, the widths (out, in) that a tensor-parallel rank multiplies."""
 
-_ALWAYS_LEFT = {"router.gate": "routers choose experts in high precision"}
-"""By what their names end with."""
-_NOT_LINEAR = {"output": "it computes the loss, in high precision"}
+_NEVER = {
+    "router.gate": "routers choose in high precision",
+    "output": "the loss is computed in high precision",
+}
+"""By what names end with."""
 
 
 def choose(
-    model: nn.Module, filters: Sequence[str], refuse: Refuse
+    model: nn.Module, filters: Sequence[str], refuse: Refuse, filter_key: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the Linear layers to convert; and of those to leave, with the reason of each.
 
-    A layer is left where its name contains one of `filters`, or `refuse` says why.
+    The output head counts as one. A layer is left where its name contains one of `filters`, or
+    `refuse` says why. Raises ConfigError for a filter that no module's name contains.
     """
+    names = [name for name, _ in model.named_modules() if name]
+    faults = [_matches_nothing(part, names, filter_key) for part in filters if part not in "\n".join(names)]
+    if faults:
+        raise ConfigError(faults)
     converted, left = [], {}
     for name, module in model.named_modules():
+        if name != "output" and not isinstance(module, nn.Linear):
+            continue
         if reason := _why_left(name, module, filters, refuse):
             left[name] = reason
-        elif isinstance(module, nn.Linear):
+        else:
             converted.append(name)
     return tuple(converted), left
 
 
 def _why_left(name: str, module: nn.Module, filters: Sequence[str], refuse: Refuse) -> str:
-    if not isinstance(module, nn.Linear):
-        return _NOT_LINEAR.get(name, "")
-    always = (reason for end, reason in _ALWAYS_LEFT.items() if name.endswith(end))
     if any(part in name for part in filters):
         return "filter"
-    return next(always, "") or refuse(module)
+    never = [reason for end, reason in _NEVER.items() if name.endswith(end)]
+    return never[0] if never else refuse(module)
+
+
+def _matches_nothing(part: str, names: list[str], filter_key: str) -> Fault:
+    ends = {end for name in names for end in (name, *name.split("."))}
+    near = nearest(part, sorted(ends))
+    remedy = f'Did you mean "{near}"?' if near else "Take it out of the list."
+    return Fault(filter_key, "is in the name of no module.", remedy, part)
+
+
+def split_faults(name: str, widths: Widths, multiple: int, degree: int) -> Iterator[Fault]:
+    """A fault where tensor parallelism splits layers to widths that are no multiples."""
+    odd = {layer: shape for layer, shape in widths.items() if any(n % multiple for n in shape)}
+    if odd:
+        kinds = dict.fromkeys((alike(layer), shape) for layer, shape in odd.items())
+        layers = ", ".join(f"{layer} to {rows} x {columns}" for (layer, (rows, columns)) in kinds)
+        reason = f"splits {layers}, and {name} needs multiples of {multiple}."
+        remedy = "Use a smaller degree, or filter these layers."
+        yield Fault("parallelism.tensor_parallel_degree", reason, remedy, degree)
