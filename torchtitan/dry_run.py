@@ -28,6 +28,7 @@ from torchtitan.expert_load import ExpertLoad
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.optim.optimizer import build_optimizer, state_by_name
 from torchtitan.preflight import checked_model
+from torchtitan.quantization.converters import emulated
 
 CPU = torch.device("cpu")
 SECONDS_A_STAGE = 600
@@ -95,6 +96,9 @@ def _settle(
     if faults:
         raise ConfigError(faults)
     notes = []
+    if (emulation := emulated(config)) != config:
+        notes.append("low precision: emulated, so memory and exchanges are those of the real one")
+        config = emulation
     if config.compile.enable:
         notes.append("compile.enable: True -> False")
     config = replace(

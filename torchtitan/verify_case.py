@@ -13,11 +13,14 @@ from torchtitan.config.without_gpus import without_gpus
 from torchtitan.data.batch import Batch
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.preflight import checked_model
+from torchtitan.quantization.converters import emulated, exact
 from torchtitan.verify_data import global_batches
 
 MAX_RANKS = 8
 MAX_SEQ_LEN = 32
 MAX_MICROBATCHES = 2
+NARROWEST = 4
+"""Heads of a model with converters: its layers then have widths that low precision takes."""
 ON_CPU = "aot_eager_decomp_partition"
 """The compiler's backend: inductor's operators and its partition into forward and backward."""
 
@@ -45,12 +48,15 @@ def settle(config: JobConfig, full: bool) -> Case:
         raise ConfigError(faults)
 
     notes: list[str] = []
+    notes += _changes("", config, emulated(config), ())
+    config = emulated(config)
     parallelism, world_size = _ranks(config.parallelism, notes)
     parallelism = without_gpus(parallelism, notes)
     tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
     if not full:
         by_head = parallelism.context_parallel_method == "heads"
-        small = model.shrunk(tp * cp if by_head else tp)
+        heads = tp * cp if by_head else tp
+        small = model.shrunk(NARROWEST * heads if config.model.converters else heads)
         if parallelism.pipeline_parallel_degree > 1:
             parallelism, small = _few_layers(config, model, parallelism, small)
         notes += _changes("model.", model, small, ("seq_len",))
@@ -91,6 +97,11 @@ def alone(case: Case) -> Case:
         activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
     )
     return replace(case, config=config, world_size=1)
+
+
+def without_rounding(case: Case) -> Case:
+    """The same case in the precision of its weights; itself where that is its own."""
+    return replace(case, config=exact(case.config))
 
 
 def _ranks(parallelism: Parallelism, notes: list[str]) -> tuple[Parallelism, int]:
@@ -200,6 +211,9 @@ def _on_cpu(config: JobConfig, notes: list[str]):
     """The compiler without its code generator: graphs, hooks and what is recomputed are the same."""
     if not config.compile.enable or config.compile.backend == ON_CPU:
         return config.compile
+    if exact(config) != config:
+        notes.append("compile.enable: True -> False, for emulated products are not compiled")
+        return replace(config.compile, enable=False)
     notes.append(f"compile.backend: {config.compile.backend} -> {ON_CPU}")
     return replace(config.compile, backend=ON_CPU)
 

@@ -42,10 +42,12 @@ class LayerRouting:
     """The widest relative distance of scores that were ranked the other way."""
     load_equal: bool
     """The counts of tokens by expert are one process's, exactly."""
+    near_tie: float
+    """The margin up to which scores may be ranked the other way."""
 
     @property
     def passed(self) -> bool:
-        return self.load_equal and self.margin < NEAR_TIE
+        return self.load_equal and self.margin < self.near_tie
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def summarize(
     flips: Sequence[dict[str, Flips]],
     loads: Sequence[torch.Tensor],
     expected: Sequence[torch.Tensor],
+    near_tie: float,
 ) -> list[LayerRouting]:
     """Of all ranks' flips, and each step's counts (layers, E) beside one process's."""
     rows = []
@@ -163,6 +166,7 @@ def summarize(
                 sum(each.flips for each in found),
                 max(each.margin for each in found),
                 all(torch.equal(a[i], b[i]) for a, b in zip(loads, expected, strict=True)),
+                near_tie,
             )
         )
     return rows

@@ -8,7 +8,7 @@ and checkpoints keep them by name. A module named by experimental.custom_import 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -97,9 +97,11 @@ def emulated(config: JobConfig) -> JobConfig:
     return config
 
 
-def rounds(config: JobConfig) -> bool:
-    """Whether some products are of numbers with fewer bits than the model's."""
-    return any(converter.rounds for converter in _used(config))
+def exact(config: JobConfig) -> JobConfig:
+    """The config without converters that round."""
+    used = zip(config.model.converters, _used(config), strict=True)
+    names = [name for name, converter in used if not converter.rounds]
+    return replace(config, model=replace(config.model, converters=names))
 
 
 def unknown_converters(config: JobConfig) -> list[Fault]:
@@ -118,8 +120,7 @@ def _remedy(name: str, known: list[str]) -> str:
 
 
 def _used(config: JobConfig) -> Iterator[Converter]:
-    names = dict.fromkeys(ALIASES.get(name, name) for name in config.model.converters)
-    return (_CONVERTERS[name] for name in names)
+    return (_CONVERTERS[ALIASES.get(name, name)] for name in config.model.converters)
 
 
 def _converts_nothing(done: Conversion) -> Fault:
