@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import nearest
@@ -66,13 +67,26 @@ class MXLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)."""
+        split = isinstance(self.weight, DTensor)
+        y = self._multiply_split(x, self.weight) if split else self._multiply(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)
         # A weight's gradient sums over rows, in whole blocks; rows of zeros add nothing.
         padding = -len(rows) % BLOCK
         padded = F.pad(rows, (0, 0, 0, padding)) if padding else rows
-        y = self.product(padded, self.weight, *self.options)[: len(rows)]
-        y = y.view(*x.shape[:-1], y.shape[-1])
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = self.product(padded, weight, *self.options)[: len(rows)]
+        return y.unflatten(0, x.shape[:-1])
+
+    def _multiply_split(self, x: DTensor, weight: DTensor) -> DTensor:
+        """Each rank's part, as blocks lie within it: DTensor would gather operands to find their scales."""
+        [placement] = weight.placements
+        last = Shard(x.ndim - 1)
+        by_rows = placement == Shard(0)
+        of_grad, of_output = (Partial(), last) if by_rows else (last, Partial())
+        y = self._multiply(x.to_local(grad_placements=[of_grad]), weight.to_local())
+        return DTensor.from_local(y, weight.device_mesh, [of_output], run_check=False)
 
 
 def convert(model: nn.Module, config: JobConfig) -> Conversion:
