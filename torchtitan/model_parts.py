@@ -13,7 +13,6 @@ from torchtitan.distributed.fsdp import sync_gradients
 from torchtitan.distributed.pipeline import Pipeline, TiedWeight
 from torchtitan.models.decoder import TIED_WEIGHT, Decoder
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.float8 import plain
 
 Enter = Callable[[nn.Module, slice], None]
 
@@ -91,8 +90,7 @@ class ModelParts:
         state: dict[str, Any] = {}
         for part in self.parts:
             copied = self._copied_in(part)
-            held = {name: t for name, t in part.state_dict().items() if name not in copied}
-            state |= {name: plain(tensor) for name, tensor in held.items()}
+            state |= {n: tensor for n, tensor in part.state_dict().items() if n not in copied}
         return state
 
     def _copied_in(self, part: Decoder) -> tuple[str, ...]:

@@ -35,7 +35,6 @@ from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import init_logger
 from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
 from torchtitan.preflight import report
-from torchtitan.quantization.float8 import plain
 from torchtitan.verify_case import Case, alone, settle, without_rounding
 from torchtitan.verify_routing import (
     NEAR_TIE,
@@ -67,7 +66,7 @@ class RankResult:
     gradients: list[dict[str, torch.Tensor]]
     """Whole gradients of each step, from the first rank of each pipeline stage only."""
     shards: list[tuple[str, tuple[int, ...], bytes]]
-    """After the steps, of each weight: its name, which part the rank holds, and the part's bytes."""
+    """After the steps, of each weight and buffer: its name, which part the rank holds, and the part's bytes."""
     loads: list[torch.Tensor]
     """Of each step, tokens by MoE layer and expert over the global batch."""
     recorded: Recorded
@@ -189,7 +188,7 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
         losses,
         norms,
         gradients if rank % degrees.stage_size == 0 else [],
-        [(name, *_shard(plain(p))) for part in model.parts for name, p in part.named_parameters()],
+        [(name, *_shard(t)) for part in model.parts for name, t in part.state_dict().items()],
         loads,
         {} if recorder is None else recorder.steps,
         replayer.seen,

@@ -42,6 +42,8 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     float8.convert_to_float8_training(
         model, config=settings, module_filter_fn=lambda _, name: name in converted
     )
+    if settings.enable_fsdp_float8_all_gather:
+        model.register_state_dict_post_hook(_unwrap)
     scales = options.precompute_float8_dynamic_scale_for_fsdp
     return Conversion(
         NAME,
@@ -105,12 +107,16 @@ def emulated(config: JobConfig) -> JobConfig:
     return replace(config, quantize=replace(config.quantize, linear=linear))
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as checkpoints have it, the same memory: out of what FSDP gathers as float8."""
+def _unwrap(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
+    """Give checkpoints plain weights, the same memory, and not what FSDP gathers as float8."""
+    state.update({name: _plain(tensor) for name, tensor in state.items()})
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return getattr(tensor, "_tensor", tensor)  # of torchao's WeightWithDynamicFloat8CastTensor
     local = tensor.to_local()
-    if (inner := plain(local)) is local:
+    if (inner := _plain(local)) is local:
         return tensor
     layout = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
     shape = {"shape": tensor.shape, "stride": tensor.stride()}

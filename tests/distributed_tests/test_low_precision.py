@@ -1,0 +1,118 @@
+"""float8 and MX products on every layout: as one process makes them, or as near as rounding lets them be."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.distributed_tests import test_pipeline
+from tests.distributed_tests.test_data_parallel import build, gradients, job, tiny
+from torchtitan.config.manager import load_config
+from torchtitan.config.schema import Model
+from torchtitan.config.schema_quantize import Float8Linear, MXLinear, Quantize, QuantizeLinear
+from torchtitan.distributed.launch import run_ranks
+from torchtitan.verify import summary, verify
+
+MODEL = tiny(dim=128, n_heads=4, n_kv_heads=2, ffn_dim=128, n_layers=2)
+TP2 = {"tensor_parallel_degree": 2}
+WHOLE = TP2 | {"enable_sequence_parallel": False}
+LAYOUTS = {
+    # ranks, config, microbatches
+    "one": (1, job(), 1),
+    "one, accumulate": (1, job(), 2),
+    "fsdp2": (2, job(), 1),
+    "hsdp2x2": (4, job(2), 1),
+    "tp2": (2, job(tp=TP2), 1),
+    "tp2, no sp": (2, job(tp=WHOLE), 1),
+    "fsdp2 x tp2, accumulate": (4, job(tp=TP2), 2),
+    "full ac": (2, job(ac="full"), 1),
+    "by-op ac": (2, job(ac="selective", selective_ac_option="op"), 1),
+}
+
+
+def float8(config, recipe=None, emulate=True, **options):
+    layers = Float8Linear(recipe_name=recipe, emulate=emulate, **options)
+    return replace(
+        config, model=Model(converters=["float8"]), quantize=Quantize(QuantizeLinear(float8=layers))
+    )
+
+
+def mx(config, recipe="mxfp8_emulated_rceil"):
+    layers = QuantizeLinear(mx=MXLinear(recipe_name=recipe))
+    return replace(config, model=Model(converters=["quantize.linear.mx"]), quantize=Quantize(layers))
+
+
+def gathered(config):
+    return float8(config, enable_fsdp_float8_all_gather=True)
+
+
+RECIPES = {
+    "rowwise": lambda config: float8(config, "rowwise"),
+    "rowwise_with_gw_hp": lambda config: float8(config, "rowwise_with_gw_hp"),
+    "mx": mx,
+    "tensorwise": float8,
+    "tensorwise, gathered": gathered,
+}
+SCALES_OF_ROWS = ("rowwise", "rowwise_with_gw_hp", "mx")
+"""Recipes whose scales are powers of two: rounding is the same whatever else is in a tensor."""
+
+
+def gradients_of_all(config, microbatches):
+    """By recipe. Ranks are used for all of them, since each takes a while to import torchao."""
+    return {name: gradients(MODEL, use(config), microbatches) for name, use in RECIPES.items()}
+
+
+@functools.cache
+def ranks_of(layout):
+    world_size, config, microbatches = LAYOUTS[layout]
+    return run_ranks(gradients_of_all, world_size, config, microbatches, timeout=180)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """Of one process in fp32."""
+    return run_ranks(gradients, 1, MODEL, job())[0]
+
+
+@pytest.fixture(scope="module")
+def references():
+    """Of one process, by recipe."""
+    return ranks_of("one")
+
+
+def errors(ours, theirs):
+    """Relative L2 of each gradient."""
+    return {name: ((ours[1][name] - g).norm() / g.norm()).item() for name, g in theirs[1].items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_are_rounded(references, exact, recipe):
+    found = errors(references[0][recipe], exact)
+    rounded = [name for name in found if "attention.w" in name or "feed_forward" in name]
+    assert len(rounded) == 14
+    assert all(0.01 < found[name] < 0.15 for name in rounded), found
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("recipe", SCALES_OF_ROWS)
+def test_gradients_equal_one_process(references, recipe, layout):
+    weights, _, loss, norm = reference = references[0][recipe]
+    ranks = [rank[recipe] for rank in ranks_of(layout)]
+    for rank in ranks:
+        assert rank[3] == ranks[0][3] == pytest.approx(norm, rel=1e-6)
+        assert rank[2] == pytest.approx(loss, rel=1e-6)
+        assert all(torch.equal(rank[0][name], weight) for name, weight in weights.items())
+        assert max(errors(rank, reference).values()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("recipe", ["tensorwise", "tensorwise, gathered"])
+def test_one_scale_a_tensor_is_as_near_as_rounding(references, exact, recipe, layout):
+    """A part of a batch has another scale than the whole: layouts differ by what rounding does."""
+    reference, ours = references[0][recipe], ranks_of(layout)[0][recipe]
+    allowed, found = errors(reference, exact), errors(ours, reference)
+    assert all(found[name] < 2 * allowed[name] for name in found), (found, allowed)
+    assert ours[2] == pytest.approx(reference[2], rel=1e-4)
+    if recipe == "tensorwise" and layout.startswith("tp2"):
+        assert max(found.values()) < 1e-5  # DTensor finds the scale of the whole
