@@ -11,6 +11,7 @@ from torchtitan.preflight import main
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 DEBUG = ["--model.flavor=debugmodel"]
+EMULATED = ["--model.converters=float8", "--quantize.linear.float8.emulate"]
 
 
 def broken_tokenizer(folder):
@@ -71,6 +72,24 @@ CASES = {
     "budget without checkpoints": (
         ["--checkpoint.max_run_seconds=60"],
         "would end the run with nothing saved",
+    ),
+    "float8 without a GPU": (["--model.converters=float8"], "float8 products need a GPU"),
+    "MX without a GPU": (["--model.converters=quantize.linear.mx"], 'Use "mxfp8_emulated_rceil"'),
+    "unknown converter": (["--model.converters=flaot8"], 'Did you mean "float8"?'),
+    "converter that is not built": (["--model.converters=quantize.grouped_mm.mx"], "is not built"),
+    "filter of everything": (
+        [*EMULATED, "--quantize.linear.float8.filter_fqns=layers"],
+        "none of the model's Linear layers to convert",
+    ),
+    "blocks that are split": (
+        [
+            "--model.converters=quantize.linear.mx",
+            "--quantize.linear.mx.recipe_name=mxfp8_emulated_rceil",
+            "--parallelism.tensor_parallel_degree=4",
+            "--model.overrides.n_kv_heads=4",
+        ],
+        "splits layers.*.attention.wk to 16 x 256, layers.*.attention.wv to 16 x 256, and "
+        "quantize.linear.mx needs multiples of 32.",
     ),
     "part that is not there": (
         ["--checkpoint.exclude_from_loading=optimiser"],

@@ -40,11 +40,13 @@ _ROUTING = {
     torch.ops.torchtitan.record_load.default,
 }
 """Routing is decided and counted once: a recomputation gets the same results."""
+_LARGEST = {torch.ops.aten.max.default, torch.ops.aten.amax.default}
+"""What low-precision products scale by: a number a tensor or a row, for a pass over all of it."""
 
 _EXPERTS = {torch.ops.torchtitan.grouped_experts.default}
 """Three of a layer's largest products; what they keep is small beside (ops/experts.py)."""
 
-_KEPT = _ATTENTION | _ROUTING | _EXPERTS
+_KEPT = _ATTENTION | _ROUTING | _LARGEST | _EXPERTS
 
 
 def checkpoint_by_op(
@@ -115,7 +117,7 @@ def _checkpointed(self: nn.Module, *args):
 
 
 def _save_by_op(recomputed_shapes: frozenset[torch.Size]):
-    """Keep attention's outputs, routing, experts and every second matrix product; recompute the rest.
+    """Keep attention's outputs, routing, experts, scales and every second matrix product; recompute the rest.
 
     Products with a weight of one of `recomputed_shapes`, (in, out), are always recomputed.
     """

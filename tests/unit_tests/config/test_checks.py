@@ -37,14 +37,9 @@ def test_our_files_work(file):
     assert refused(f"--job.config_file {file}") == set()
 
 
-UPSTREAM_REFUSED = {
-    "llama3_405b": {"model.converters"},
-}
-
-
 @pytest.mark.parametrize("file", UPSTREAM_FILES, ids=lambda file: file.stem)
-def test_upstreams_files_are_refused_for_what_is_not_built_alone(file):
-    assert refused(f"--job.config_file {file}") == UPSTREAM_REFUSED.get(file.stem, set())
+def test_upstreams_files_work(file):
+    assert refused(f"--job.config_file {file}") == set()
 
 
 @pytest.mark.parametrize("key", checks.LEAST)
@@ -91,6 +86,9 @@ def test_a_misspelt_name_is_answered_with_the_right_one():
 COMPILED = "--compile.enable"
 HF_LOAD = "--checkpoint.enable --checkpoint.initial_load_in_hf"
 HF_SAVE = "--checkpoint.enable --checkpoint.last_save_in_hf"
+FLOAT8 = "--model.converters float8"
+GATHERED = "--quantize.linear.float8.enable_fsdp_float8_all_gather"
+SMALL = "--quantize.linear.float8.filter_fqns auto_filter_small_kn"
 COMBINATIONS = [
     # what is refused, the command line, the same made right
     ("optimizer.beta1", "--optimizer.beta1 1", "--optimizer.beta1 0"),
@@ -165,6 +163,26 @@ COMBINATIONS = [
     ),
     ("checkpoint.last_save_in_hf", "--checkpoint.last_save_in_hf", HF_SAVE),
     ("checkpoint.last_save_in_hf", f"{HF_SAVE} --checkpoint.load_only", HF_SAVE),
+    (
+        "quantize.linear.float8.emulate",
+        f"{FLOAT8} --quantize.linear.float8.emulate {COMPILED}",
+        f"--quantize.linear.float8.emulate {COMPILED}",
+    ),
+    (
+        "quantize.linear.float8.enable_fsdp_float8_all_gather",
+        f"{FLOAT8} {GATHERED} --quantize.linear.float8.recipe_name rowwise",
+        f"{FLOAT8} {GATHERED} --quantize.linear.float8.recipe_name tensorwise",
+    ),
+    (
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+        f"{FLOAT8} --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+        f"{FLOAT8} --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp {GATHERED}",
+    ),
+    (
+        "quantize.linear.float8.filter_fqns",
+        f"{FLOAT8} {SMALL} --quantize.linear.float8.recipe_name rowwise_with_gw_hp",
+        f"{FLOAT8} {SMALL}",
+    ),
 ]
 
 
@@ -218,11 +236,6 @@ NOT_BUILT_COMBINATIONS = [
         "--parallelism.pipeline_parallel_degree 2"
         " --parallelism.pipeline_parallel_microbatch_size 3",
     ),
-    (
-        "quantize.linear.float8.emulate",
-        "compile.enable",
-        f"--model.converters float8 --quantize.linear.float8.emulate {COMPILED}",
-    ),
 ]
 
 
@@ -247,8 +260,6 @@ def other_values(key: str, row) -> list[str]:
     if isinstance(default, bool):
         section, _, name = key.rpartition(".")
         return [f"--{section}.no_{name}" if default else f"--{key}"]
-    if isinstance(default, list):
-        return [f"--{key}=float8"]
     return [f"--{key}={2 if isinstance(default, int) else 'x'}"]
 
 

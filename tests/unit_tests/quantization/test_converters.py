@@ -1,0 +1,171 @@
+"""What converters do to each family, what they tell of it, and what of a config they refuse."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from torchtitan import preflight
+from torchtitan.config.faults import ConfigError
+from torchtitan.config.manager import load_config
+from torchtitan.distributed.mesh import Degrees
+from torchtitan.models.init import parameter_inits
+from torchtitan.models.registry import families, model_config
+from torchtitan.quantization import converters, float8
+from torchtitan.quantization.conversion import Conversion
+from torchtitan.quantization.converters import convert, emulated, exact
+
+FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"
+CONVERTED = {
+    # Linear layers converted, and how many routers are left
+    "deepseek_v3": (42, 5),
+    "gpt_oss": (16, 4),
+    "llama3": (42, 0),
+    "llama4": (42, 3),
+    "mixtral": (24, 6),
+    "olmo2": (42, 0),
+    "qwen3": (56, 0),
+}
+
+
+def load(*argv):
+    return load_config(["--training.seq_len=64", *argv])
+
+
+def build(config):
+    model = model_config(config.model.name, config.model.flavor, config.model.overrides)
+    with torch.device("meta"):
+        return model.update_from_config(config).build()
+
+
+def converted(*argv):
+    config = load(*argv)
+    model = build(config)
+    return model, convert(model, config)
+
+
+def refused(*argv):
+    """The faults of a config, as texts."""
+    with pytest.raises(ConfigError) as error:
+        converted(*argv)
+    return [str(fault) for fault in error.value.faults]
+
+
+@pytest.mark.parametrize("name", [FLOAT8, MX])
+@pytest.mark.parametrize("family", families())
+def test_every_family_has_its_linear_layers_converted(family, name):
+    argv = [f"--model.name={family}", f"--model.converters={name}"]
+    model, [done] = converted(*argv)
+    count, routers = CONVERTED[family]
+    assert len(done.converted) == count
+    assert {layer for layer in done.left if layer.endswith("router.gate")} == set(list(done.left)[:routers])
+    assert list(done.left)[routers:] == ["output"]
+    kinds = {type(model.get_submodule(layer)).__name__ for layer in done.converted}
+    assert kinds == {"Float8Linear" if name == FLOAT8 else "MXLinear"}
+    plain = build(load(argv[0]))
+    assert parameter_inits(model) == parameter_inits(plain)
+    shapes = {name: weight.shape for name, weight in plain.state_dict().items()}
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == shapes
+
+
+def test_upstreams_name_means_the_same():
+    [_, [done]] = converted("--model.converters=float8")
+    assert done.name == FLOAT8
+
+
+def test_a_line_tells_what_was_converted_and_what_was_left():
+    filters = f"--{FLOAT8}.filter_fqns=output,attention.wk"
+    _, [done] = converted("--model.converters=float8", filters, f"--{FLOAT8}.recipe_name=rowwise")
+    assert str(done) == (
+        "quantize.linear.float8 (rowwise): 36 of 43 Linear layers converted; "
+        "left: 6 layers.*.attention.wk (filter), output (filter)"
+    )
+
+
+def test_widths_that_kernels_do_not_take_are_left_and_named():
+    argv = ["--model.overrides.ffn_dim=776", "--model.converters"]
+    _, [done] = converted(*argv, FLOAT8)
+    assert len(done.converted) == 24
+    assert done.left["layers.3.feed_forward.w2"] == "widths must divide by 16"
+    _, [done] = converted("--model.overrides.ffn_dim=784", argv[1], MX)
+    assert done.left["layers.3.feed_forward.w2"] == "widths must divide by 32"
+
+
+def test_layers_too_small_to_gain_are_left_where_that_is_asked_for():
+    argv = ["--model.flavor=8B", "--model.overrides.n_layers=1", "--model.converters=float8"]
+    _, [done] = converted(*argv, f"--{FLOAT8}.filter_fqns=auto_filter_small_kn")
+    small = {name for name, reason in done.left.items() if reason == "too small to gain"}
+    assert small == {"layers.0.attention.wk", "layers.0.attention.wv"}
+
+
+def test_a_filter_of_everything_is_refused():
+    [fault] = refused("--model.converters=float8", f"--{FLOAT8}.filter_fqns=layers")
+    assert fault.startswith("quantize.linear.float8.filter_fqns: leaves quantize.linear.float8 none of ")
+    assert "6 layers.*.attention.wq (filter)" in fault
+
+
+def test_a_filter_of_nothing_is_refused_with_the_nearest_name():
+    faults = refused(f"--model.converters={FLOAT8}", f"--{FLOAT8}.filter_fqns=atention,wz")
+    assert 'filter_fqns = "atention": is in the name of no module. Did you mean "attention"?' in faults[0]
+    assert 'filter_fqns = "wz": is in the name of no module.' in faults[1]
+
+
+def test_unknown_recipes_are_refused_with_those_there_are():
+    [fault] = refused(f"--model.converters={MX}", f"--{MX}.recipe_name=mxfp8_cubals")
+    assert 'Did you mean "mxfp8_cublas"? Known: mxfp8_cublas, mxfp8_cublas_rceil,' in fault
+
+
+@pytest.mark.parametrize(("shards", "expected"), [(2, 0), (3, 1)])
+def test_float8_is_gathered_where_shards_are_even(shards, expected):
+    """Torch would raise on the ranks with the short shards, and leave the others waiting."""
+    config = load(f"--{FLOAT8}.emulate", f"--{FLOAT8}.enable_fsdp_float8_all_gather")
+    degrees = Degrees(dp_replicate=1, dp_shard=shards, tp=1)
+    faults = list(float8.layout_faults(config, {"layers.0.attention.wq": (256, 64)}, degrees))
+    assert len(faults) == expected
+    assert all("do not: 256 rows of layers.*.attention.wq" in fault.reason for fault in faults)
+
+
+def test_what_rounds_can_be_emulated_and_left_out():
+    config = load(f"--model.converters={FLOAT8},{MX}", f"--{MX}.recipe_name=mxfp8_rceil")
+    assert emulated(config).quantize.linear.float8.emulate
+    assert emulated(config).quantize.linear.mx.recipe_name == "mxfp8_emulated_rceil"
+    assert exact(config).model.converters == []
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def double_norms(model, config):
+    model.norm = Twice()
+    return Conversion("test.twice", ("norm",), {})
+
+
+MODULE = """
+from tests.unit_tests.quantization.test_converters import double_norms
+from torchtitan.quantization.converters import register_converter
+register_converter("test.twice", double_norms)
+"""
+
+
+def test_a_users_own_converter_is_known_after_the_custom_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(converters, "_CONVERTERS", dict(converters._CONVERTERS))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_converters.py").write_text(MODULE)
+    argv = ["--experimental.custom_import=my_converters", "--model.converters=test.twice"]
+    try:
+        model, faults = preflight.checked_model(load(*argv))
+    finally:
+        sys.modules.pop("my_converters", None)
+    assert not faults
+    config = load(*argv)
+    with torch.device("meta"):
+        [done] = convert(model.build(), config)
+    assert str(done) == "test.twice: 1 of 1 modules converted"
+    assert exact(config) == config and emulated(config) == config
+    misspelt = replace(config, model=replace(config.model, converters=["test.twcie"]))
+    [fault] = converters.unknown_converters(misspelt)
+    assert str(fault) == 'model.converters = "test.twcie": no such name. Did you mean "test.twice"?'
