@@ -50,9 +50,19 @@ MODELS = {
     "debug": ["--model.overrides.n_layers=1"],
     "debug_moe": ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--model.overrides.n_layers=1"],
 }
+FLOAT8 = ["--compile.enable", "--model.converters=quantize.linear.float8"]
+RECIPE = "--quantize.linear.float8.recipe_name={}"
+GATHERED = [
+    "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+]
 VARIANTS = {
     "compile": ["--compile.enable"],
     "eager": [],
+    "float8_tensorwise": [*FLOAT8, RECIPE.format("tensorwise")],
+    "float8_gathered": [*FLOAT8, RECIPE.format("tensorwise"), *GATHERED],
+    "float8_rowwise": [*FLOAT8, RECIPE.format("rowwise")],
+    "float8_gw_hp": [*FLOAT8, RECIPE.format("rowwise_with_gw_hp")],
 }
 RECOMPUTATION = {
     "none": ["--activation_checkpoint.mode=none"],

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.distributed_tests import test_pipeline
-from tests.distributed_tests.test_data_parallel import build, gradients, job, tiny
+from tests.distributed_tests.test_data_parallel import gradients, job, tiny
 from torchtitan.config.manager import load_config
 from torchtitan.config.schema import Model
 from torchtitan.config.schema_quantize import Float8Linear, MXLinear, Quantize, QuantizeLinear
@@ -116,3 +117,82 @@ def test_one_scale_a_tensor_is_as_near_as_rounding(references, exact, recipe, la
     assert ours[2] == pytest.approx(reference[2], rel=1e-4)
     if recipe == "tensorwise" and layout.startswith("tp2"):
         assert max(found.values()) < 1e-5  # DTensor finds the scale of the whole
+
+
+def graphs_and_gradients(config):
+    found = gradients(MODEL, config)
+    assert not counters["graph_break"], counters["graph_break"]
+    return found, counters["stats"]["unique_graphs"]
+
+
+COMPILED = {
+    # On a CPU torch has float8 products too, of the kinds that recipes for GPUs ask for.
+    "tensorwise": lambda config: float8(config, emulate=False),
+    "rowwise_with_gw_hp": lambda config: float8(config, "rowwise_with_gw_hp", emulate=False),
+    "mx": mx,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_blocks_multiply_the_same_and_share_one_graph(name):
+    use = COMPILED[name]
+    plain = run_ranks(gradients, 2, MODEL, use(job(tp=TP2)))[0]
+    compiled = use(job(tp=TP2, compiled=True, ac="selective", selective_ac_option="op"))
+    ours, num_graphs = run_ranks(graphs_and_gradients, 2, compiled, timeout=180)[0]
+    assert max(errors(ours, plain).values()) < 1e-5
+    assert num_graphs == 2  # blocks, and the loss of split logits
+
+
+def test_stages_of_a_pipeline_multiply_as_one_process():
+    """With backward in two halves, of which each makes its products of the same rounded numbers."""
+    model = replace(MODEL, n_layers=4)
+    use = RECIPES["rowwise"]
+    _, expected, loss, norm = run_ranks(test_pipeline.gradients, 1, model, use(job()))[0]
+    pipelined = use(test_pipeline.pipelined(2, "ZBVZeroBubble"))
+    ranks = run_ranks(test_pipeline.gradients, 2, model, pipelined, timeout=120)
+    found = {name: grad for rank in ranks for name, grad in rank[1].items()}
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() < 1e-5 * grad.norm(), name
+    assert all(rank[3] == pytest.approx(norm, rel=1e-6) for rank in ranks)
+
+
+ROWWISE = ["--model.converters=float8", "--quantize.linear.float8.recipe_name=rowwise"]
+GATHERED = [
+    "--model.converters=float8",
+    "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+]
+TP2_OF_2 = ["--parallelism.tensor_parallel_degree=2", "--parallelism.data_parallel_shard_degree=1"]
+EXPERTS = ["--parallelism.expert_parallel_degree=2"]
+ORACLE = {
+    "qwen3": [*ROWWISE, *TP2_OF_2, "--model.name=qwen3"],
+    "qwen3, experts": [*ROWWISE, *TP2_OF_2, *EXPERTS, "--model.name=qwen3", "--model.flavor=debugmodel_moe"],
+    "deepseek_v3": [*GATHERED, *TP2_OF_2, *EXPERTS, "--model.name=deepseek_v3"],
+    "gpt_oss": [*ROWWISE, *TP2_OF_2, *EXPERTS, "--model.name=gpt_oss"],
+    "llama4": [*ROWWISE, *TP2_OF_2, *EXPERTS, "--model.name=llama4"],
+    "mixtral": [*ROWWISE, *TP2_OF_2, "--model.name=mixtral"],
+    "olmo2": [*ROWWISE, *TP2_OF_2, "--model.name=olmo2"],
+    "llama3": [*GATHERED, "--compile.enable", "--parallelism.data_parallel_replicate_degree=2"],
+    "llama3, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2],
+}
+
+
+@pytest.mark.parametrize("name", ORACLE)
+def test_the_oracle_passes_layouts_in_low_precision(name):
+    argv = ["--model.flavor=debugmodel", "--model.overrides.n_layers=2", *ORACLE[name]]
+    result = verify(load_config(argv))
+    assert result.passed, summary(result)
+    assert 0.02 < result.tolerance < 0.5
+    assert any(" -> True" in note or "mxfp8_emulated" in note for note in result.settled)
+    if "rowwise" in ROWWISE[1] and ORACLE[name][:2] == ROWWISE:
+        assert max(row.error for row in result.rows) < 1e-3, summary(result)
+
+
+def double_a_gradient(part):
+    part.layers["1"].feed_forward.w2.weight.register_hook(lambda grad: 2 * grad)
+
+
+def test_the_oracle_still_names_what_is_wrong():
+    argv = ["--model.flavor=debugmodel", *TP2_OF_2, *GATHERED]
+    result = verify(load_config(argv), sabotage=double_a_gradient)
+    assert [row.name for row in result.rows if not row.passed] == ["layers.1.feed_forward.w2.weight"]

@@ -22,10 +22,15 @@ class OverrideDefinitions:
     """Whose one process draws the curve to follow; see MODELS."""
     launched: bool = False
     """Through run_train.sh; other cases enter the same main in ranks that are forked."""
+    tolerance: float = 1e-6
+    """How far its losses may be from that curve, relatively."""
 
 
+FLOAT8 = ("--model.converters=quantize.linear.float8", "--quantize.linear.float8.emulate")
 MODELS: dict[str, tuple[str, ...]] = {
     "llama3": (),
+    "llama3_rowwise": (*FLOAT8, "--quantize.linear.float8.recipe_name=rowwise"),
+    "llama3_tensorwise": FLOAT8,
     "llama3_tied": ("--model.overrides.enable_weight_tying=true",),
     "llama3_packed": ("--model.overrides.attn_mask_type=block_causal",),
     "qwen3": ("--model.name=qwen3",),
@@ -176,7 +181,21 @@ _CHECKPOINTS = (
     _resumed("resume_pp_to_cp", "go on by context parallelism", 2, (f"{PIPELINE}=2",), (f"{CONTEXT}=2",)),
 )  # fmt: skip
 
-FEATURES = (*_DATA, *_RECOMPUTATION, *_TENSOR, *_CONTEXT, *_PIPELINE, *_CHECKPOINTS)
+# Rounding makes of the last bits of a sum, which layouts change, a step between neighbouring numbers.
+_LOW_PRECISION = (
+    _case("float8_rowwise_fsdp_2_tp_2", "float8, a scale for each row", 4, f"{TENSOR}=2", f"{BATCH}=6",
+          model="llama3_rowwise", tolerance=1e-5),
+    _case("float8_rowwise_pp_2", "float8 in stages", 2, f"{PIPELINE}=2", model="llama3_rowwise",
+          tolerance=1e-5),
+    _case("float8_gathered_fsdp_2", "weights gathered as float8", 2, f"{BATCH}=6",
+          "--quantize.linear.float8.enable_fsdp_float8_all_gather",
+          "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
+          model="llama3_tensorwise", tolerance=1e-3, launched=True),
+)  # fmt: skip
+
+FEATURES = (
+    *_DATA, *_RECOMPUTATION, *_TENSOR, *_CONTEXT, *_PIPELINE, *_CHECKPOINTS, *_LOW_PRECISION
+)  # fmt: skip
 
 
 def _dense(model: str) -> tuple[OverrideDefinitions, ...]:

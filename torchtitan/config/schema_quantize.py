@@ -9,7 +9,7 @@ class Float8Linear:
     """float8 products in Linear layers."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather sharded weights as float8; for the tensorwise recipe."""
+    """Gather sharded weights as float8; for the tensorwise recipe, and weights that shard evenly."""
 
     precompute_float8_dynamic_scale_for_fsdp: bool = False
     """Compute the scales of all weights with one all-reduce after each optimizer step."""
@@ -18,7 +18,8 @@ class Float8Linear:
     """torchao's recipe of scaling; None is tensorwise."""
 
     filter_fqns: list[str] = field(default_factory=list)
-    """Linear layers left alone: those whose name contains one of these."""
+    """Linear layers left alone: those whose name contains one of these, and with
+    "auto_filter_small_kn" those too small to gain. Routers and the output head always are."""
 
     emulate: bool = False
     """Emulate float8 on devices without it, to test; not with compile."""
@@ -32,7 +33,8 @@ class MXLinear:
     """Kernel that casts along columns."""
 
     recipe_name: str = "mxfp8_cublas"
-    """torchao's recipe of MX products."""
+    """mxfp8_cublas, mxfp8_cublas_rceil, mxfp8_rceil, mxfp8_rceil_wgrad_with_hp; on any device
+    mxfp8_emulated, mxfp8_emulated_rceil."""
 
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
     """Linear layers left alone: those whose name contains one of these."""
