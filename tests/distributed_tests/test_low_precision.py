@@ -174,6 +174,7 @@ ORACLE = {
     "olmo2": [*ROWWISE, *TP2_OF_2, "--model.name=olmo2"],
     "llama3": [*GATHERED, "--compile.enable", "--parallelism.data_parallel_replicate_degree=2"],
     "llama3, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2],
+    "gpt_oss, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2, "--model.name=gpt_oss"],
 }
 
 
@@ -184,7 +185,7 @@ def test_the_oracle_passes_layouts_in_low_precision(name):
     assert result.passed, summary(result)
     assert 0.02 < result.tolerance < 0.5
     assert any(" -> True" in note or "mxfp8_emulated" in note for note in result.settled)
-    if "rowwise" in ROWWISE[1] and ORACLE[name][:2] == ROWWISE:
+    if ORACLE[name][:2] == ROWWISE:
         assert max(row.error for row in result.rows) < 1e-3, summary(result)
 
 
@@ -196,3 +197,10 @@ def test_the_oracle_still_names_what_is_wrong():
     argv = ["--model.flavor=debugmodel", *TP2_OF_2, *GATHERED]
     result = verify(load_config(argv), sabotage=double_a_gradient)
     assert [row.name for row in result.rows if not row.passed] == ["layers.1.feed_forward.w2.weight"]
+
+
+def test_the_oracle_is_strict_with_converters_that_do_not_round():
+    own = ["--experimental.custom_import=tests.unit_tests.quantization.own_converter"]
+    argv = ["--model.flavor=debugmodel", *TP2_OF_2, *own, "--model.converters=test.twice"]
+    result = verify(load_config(argv))
+    assert result.passed and result.tolerance == 1e-5

@@ -1,5 +1,7 @@
 """Runs in low precision: their losses, and checkpoints that know nothing of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -80,6 +82,25 @@ def test_hugging_face_files_have_plain_weights(tmp_path):
     model = load_pretrained(tmp_path / "checkpoint" / "step-2")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, final[name]), name
+
+
+UPSTREAM = Path(__file__).parents[3] / "shared" / "upstream_toml"
+SMALLER = {
+    "model.flavor": "debugmodel",
+    "model.hf_assets_path": "tests/assets/tokenizer",
+    "training.dataset": "c4_test",
+    "parallelism.no_enable_async_tensor_parallel": True,
+    "compile.no_enable": True,
+    f"{FLOAT8}.emulate": True,
+    **TP2,
+}
+
+
+@pytest.mark.parametrize("file", list(UPSTREAM.glob("llama3_405b.toml")), ids=lambda file: file.stem)
+def test_upstreams_file_runs(file, tmp_path):
+    """With what it says of float8: gathered, scales computed for all weights, the output filtered."""
+    found, *_ = run(tmp_path, 4, **{"job.config_file": file}, **SMALLER)
+    assert len(found) == 6 and all(7 < loss < 9 for loss in losses(found))
 
 
 BAND = {

@@ -7,6 +7,7 @@ and checkpoints keep them by name. A module named by experimental.custom_import 
     register_converter("my.converter", convert)
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -83,9 +84,9 @@ def check_layout(
     `widths` are those that a rank multiplies, of all weights of the model that are matrices, by module.
     """
     faults = []
-    for done in conversions:
+    for converter, done in zip(_used(config), conversions, strict=True):
         own = {name: widths[name] for name in done.converted if name in widths}
-        faults += _CONVERTERS[done.name].layout_faults(config, own, degrees)
+        faults += converter.layout_faults(config, own, degrees)
     if faults:
         raise ConfigError(faults)
 
@@ -120,6 +121,8 @@ def _remedy(name: str, known: list[str]) -> str:
 
 
 def _used(config: JobConfig) -> Iterator[Converter]:
+    if config.experimental.custom_import:  # ranks of the oracle, which are forked, have not done so
+        importlib.import_module(config.experimental.custom_import)
     return (_CONVERTERS[ALIASES.get(name, name)] for name in config.model.converters)
 
 

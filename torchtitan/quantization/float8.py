@@ -1,6 +1,6 @@
 """Linear layers that multiply in float8, by torchao: `quantize.linear.float8`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -29,8 +29,8 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     options = config.quantize.linear.float8
     recipe = options.recipe_name or "tensorwise"
     filters = [part for part in options.filter_fqns if part != AUTO_FILTER]
-    gains = lambda layer, name: True
-    if len(filters) < len(options.filter_fqns):
+    gains = None
+    if AUTO_FILTER in options.filter_fqns:
         gains = float8._auto_filter_for_recipe(recipe, [])  # no public name in 0.18
     converted, left = choose(model, filters, partial(_why_left, gains), FILTER)
     settings = replace(
@@ -56,10 +56,10 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     )
 
 
-def _why_left(gains, layer: nn.Linear) -> str:
+def _why_left(gains: Callable[[nn.Module, str], bool] | None, layer: nn.Linear) -> str:
     if any(n % MULTIPLE for n in layer.weight.shape):
         return f"widths must divide by {MULTIPLE}"
-    return "" if gains(layer, "") else "too small to gain"
+    return "too small to gain" if gains is not None and not gains(layer, "") else ""
 
 
 def _pads_tokens(config: JobConfig) -> bool:

@@ -29,9 +29,9 @@ def choose(
     `refuse` says why. Raises ConfigError for a filter that no module's name contains.
     """
     names = [name for name, _ in model.named_modules() if name]
-    faults = [_matches_nothing(part, names, filter_key) for part in filters if part not in "\n".join(names)]
-    if faults:
-        raise ConfigError(faults)
+    useless = [part for part in filters if not any(part in name for name in names)]
+    if useless:
+        raise ConfigError(_matches_nothing(part, names, filter_key) for part in useless)
     converted, left = [], {}
     for name, module in model.named_modules():
         if name != "output" and not isinstance(module, nn.Linear):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from torchtitan import preflight
 from torchtitan.config.faults import ConfigError
@@ -14,7 +13,6 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.registry import families, model_config
 from torchtitan.quantization import converters, float8
-from torchtitan.quantization.conversion import Conversion
 from torchtitan.quantization.converters import convert, emulated, exact
 
 FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"
@@ -134,34 +132,18 @@ def test_what_rounds_can_be_emulated_and_left_out():
     assert exact(config).model.converters == []
 
 
-class Twice(nn.Module):
-    def forward(self, x):
-        return 2 * x
+OWN = "tests.unit_tests.quantization.own_converter"
 
 
-def double_norms(model, config):
-    model.norm = Twice()
-    return Conversion("test.twice", ("norm",), {})
-
-
-MODULE = """
-from tests.unit_tests.quantization.test_converters import double_norms
-from torchtitan.quantization.converters import register_converter
-register_converter("test.twice", double_norms)
-"""
-
-
-def test_a_users_own_converter_is_known_after_the_custom_import(tmp_path, monkeypatch):
+def test_a_users_own_converter_is_known_after_the_custom_import(monkeypatch):
     monkeypatch.setattr(converters, "_CONVERTERS", dict(converters._CONVERTERS))
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "my_converters.py").write_text(MODULE)
-    argv = ["--experimental.custom_import=my_converters", "--model.converters=test.twice"]
-    try:
-        model, faults = preflight.checked_model(load(*argv))
-    finally:
-        sys.modules.pop("my_converters", None)
+    monkeypatch.delitem(sys.modules, OWN, raising=False)
+    config = load("--model.converters=test.twice")
+    [fault] = converters.unknown_converters(config)
+    assert fault.value == "test.twice" and fault.reason == "no such name."
+    config = load("--model.converters=test.twice", f"--experimental.custom_import={OWN}")
+    model, faults = preflight.checked_model(config)
     assert not faults
-    config = load(*argv)
     with torch.device("meta"):
         [done] = convert(model.build(), config)
     assert str(done) == "test.twice: 1 of 1 modules converted"
