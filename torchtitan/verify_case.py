@@ -20,7 +20,7 @@ MAX_RANKS = 8
 MAX_SEQ_LEN = 32
 MAX_MICROBATCHES = 2
 NARROWEST = 4
-"""Heads of a model with converters: its layers then have widths that low precision takes."""
+"""Heads of a model in low precision: most of its layers then have widths that this takes."""
 ON_CPU = "aot_eager_decomp_partition"
 """The compiler's backend: inductor's operators and its partition into forward and backward."""
 
@@ -56,7 +56,7 @@ def settle(config: JobConfig, full: bool) -> Case:
     if not full:
         by_head = parallelism.context_parallel_method == "heads"
         heads = tp * cp if by_head else tp
-        small = model.shrunk(NARROWEST * heads if config.model.converters else heads)
+        small = model.shrunk(heads if exact(config) == config else NARROWEST * heads)
         if parallelism.pipeline_parallel_degree > 1:
             parallelism, small = _few_layers(config, model, parallelism, small)
         notes += _changes("model.", model, small, ("seq_len",))

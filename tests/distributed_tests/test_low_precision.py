@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from tests.distributed_tests import test_pipeline
 from tests.distributed_tests.test_data_parallel import gradients, job, tiny
+from tests.distributed_tests.test_verify import double_a_gradient
 from torchtitan.config.manager import load_config
 from torchtitan.config.schema import Model
 from torchtitan.config.schema_quantize import Float8Linear, MXLinear, Quantize, QuantizeLinear
@@ -189,18 +190,14 @@ def test_the_oracle_passes_layouts_in_low_precision(name):
         assert max(row.error for row in result.rows) < 1e-3, summary(result)
 
 
-def double_a_gradient(part):
-    part.layers["1"].feed_forward.w2.weight.register_hook(lambda grad: 2 * grad)
-
-
 def test_the_oracle_still_names_what_is_wrong():
     argv = ["--model.flavor=debugmodel", *TP2_OF_2, *GATHERED]
     result = verify(load_config(argv), sabotage=double_a_gradient)
-    assert [row.name for row in result.rows if not row.passed] == ["layers.1.feed_forward.w2.weight"]
+    assert [row.name for row in result.rows if not row.passed] == ["layers.1.attention.wk.weight"]
 
 
 def test_the_oracle_is_strict_with_converters_that_do_not_round():
     own = ["--experimental.custom_import=tests.unit_tests.quantization.own_converter"]
-    argv = ["--model.flavor=debugmodel", *TP2_OF_2, *own, "--model.converters=test.twice"]
+    argv = ["--model.flavor=debugmodel", *TP2_OF_2, *own, "--model.converters=test.half"]
     result = verify(load_config(argv))
     assert result.passed and result.tolerance == 1e-5

@@ -5,14 +5,14 @@ from torch import nn
 from torchtitan.quantization.converters import Conversion, register_converter
 
 
-class Twice(nn.RMSNorm):
+class Half(nn.RMSNorm):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return 0.5 * super().forward(x)
 
 
-def double_norms(model, config):
-    model.norm.__class__ = Twice
-    return Conversion("test.twice", ("norm",), {})
+def halve_norms(model, config):
+    model.norm.__class__ = Half
+    return Conversion("test.half", ("norm",), {})
 
 
-register_converter("test.twice", double_norms)
+register_converter("test.half", halve_norms)

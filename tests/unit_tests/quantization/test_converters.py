@@ -138,16 +138,16 @@ OWN = "tests.unit_tests.quantization.own_converter"
 def test_a_users_own_converter_is_known_after_the_custom_import(monkeypatch):
     monkeypatch.setattr(converters, "_CONVERTERS", dict(converters._CONVERTERS))
     monkeypatch.delitem(sys.modules, OWN, raising=False)
-    config = load("--model.converters=test.twice")
+    config = load("--model.converters=test.half")
     [fault] = converters.unknown_converters(config)
-    assert fault.value == "test.twice" and fault.reason == "no such name."
-    config = load("--model.converters=test.twice", f"--experimental.custom_import={OWN}")
+    assert fault.value == "test.half" and fault.reason == "no such name."
+    config = load("--model.converters=test.half", f"--experimental.custom_import={OWN}")
     model, faults = preflight.checked_model(config)
     assert not faults
     with torch.device("meta"):
         [done] = convert(model.build(), config)
-    assert str(done) == "test.twice: 1 of 1 modules converted"
+    assert str(done) == "test.half: 1 of 1 modules converted"
     assert exact(config) == config and emulated(config) == config
-    misspelt = replace(config, model=replace(config.model, converters=["test.twcie"]))
+    misspelt = replace(config, model=replace(config.model, converters=["test.hlaf"]))
     [fault] = converters.unknown_converters(misspelt)
-    assert str(fault) == 'model.converters = "test.twcie": no such name. Did you mean "test.twice"?'
+    assert str(fault) == 'model.converters = "test.hlaf": no such name. Did you mean "test.half"?'
