@@ -103,5 +103,5 @@ def test_losses_stay_in_the_band_of_bfloat16():
     assert exact[-1] < exact[0] - 1  # it learns
     for recipe in RECIPES:
         ours = train(recipe)
-        assert ours[-1] == pytest.approx(exact[-1], rel=2e-2), recipe
+        assert ours == pytest.approx(exact, abs=0.03 * exact[0]), recipe
         assert ours != exact
