@@ -8,7 +8,7 @@ and checkpoints keep them by name. A module named by experimental.custom_import 
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,10 +120,11 @@ def _remedy(name: str, known: list[str]) -> str:
     return f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
 
 
-def _used(config: JobConfig) -> Iterator[Converter]:
-    if config.experimental.custom_import:  # ranks of the oracle, which are forked, have not done so
+def _used(config: JobConfig) -> list[Converter]:
+    names = [ALIASES.get(name, name) for name in config.model.converters]
+    if not _CONVERTERS.keys() >= set(names):  # forked ranks of the oracle have not imported it
         importlib.import_module(config.experimental.custom_import)
-    return (_CONVERTERS[ALIASES.get(name, name)] for name in config.model.converters)
+    return [_CONVERTERS[name] for name in names]
 
 
 def _converts_nothing(done: Conversion) -> Fault:
