@@ -51,8 +51,9 @@ def error(ours, theirs):
     return ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS - 5], ids=["even", "odd"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "rows"), [*((recipe, ROWS) for recipe in RECIPES), ("tensorwise", ROWS - 5)]
+)
 def test_compiled_products_are_within_float8s_error(recipe, rows):
     """Numbers of 3 bits of mantissa (gradients of tensorwise: 2) are off by 2 to 5 % on average."""
     torch.manual_seed(0)
@@ -72,7 +73,7 @@ def test_compiled_products_are_within_float8s_error(recipe, rows):
 
 
 def train(recipe, steps=20):
-    """Losses of a small model that learns one batch, its blocks compiled."""
+    """Losses of a small model that learns one batch; in float8 its blocks are compiled."""
     config = config_of(recipe, "--model.flavor=debugmodel", "--model.overrides.n_layers=2")
     if recipe:
         check_device(config, torch.device("cuda"))
@@ -84,7 +85,7 @@ def train(recipe, steps=20):
         nn.init.ones_(weight) if weight.ndim == 1 else nn.init.normal_(weight, std=0.02)
     model = model.to("cuda", torch.bfloat16)
     model.fill_buffers(torch.device("cuda"))
-    for block in model.layers.values():
+    for block in model.layers.values() if recipe else ():
         block.forward = torch.compile(block.forward, fullgraph=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     tokens = torch.randint(2048, (4, 257), device="cuda")
@@ -101,7 +102,7 @@ def train(recipe, steps=20):
 def test_losses_stay_in_the_band_of_bfloat16():
     exact = train("")
     assert exact[-1] < exact[0] - 1  # it learns
-    for recipe in RECIPES:
+    for recipe in ("tensorwise", "rowwise"):
         ours = train(recipe)
         assert ours == pytest.approx(exact, abs=0.03 * exact[0]), recipe
         assert ours != exact
