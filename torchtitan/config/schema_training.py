@@ -24,8 +24,8 @@ class Model:
     """Deprecated: model.hf_assets_path."""
 
     converters: list[str] = field(default_factory=list)
-    """What exchanges parts of the model before it is spread, in order: quantize.linear.float8,
-    quantize.linear.mx, or a converter of one's own, see docs/low_precision.md."""
+    """What exchanges parts of the model before it is spread, in order: quantize.linear.float8 and
+    the like, or a converter of your own; see docs/low_precision.md."""
 
     print_after_conversion: bool = False
     """Print the module tree after the converters have run."""
