@@ -38,6 +38,8 @@ class Kernels:
     swiglu_backward: Callable = swiglu_backward
     clear_after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = clear_after
     """(x (R, ...), counts) -> x, zero in the rows of no group, in place."""
+    exact: "Kernels | None" = None
+    """Where `rows` or `weights` quantize: those that do not."""
 
 
 def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int) -> Kernels:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchtitan.ops.expert_kernels import Kernels, choose
+from torchtitan.ops.expert_kernels import Kernels
+from torchtitan.ops.quantized_kernels import choose
+from torchtitan.ops.rows import take_rows
 from torchtitan.ops.swiglu import Gating
 
 
@@ -90,7 +92,7 @@ def grouped_experts_backward(
     # Many parts may hold rows of one expert: their sum is rounded once.
     sums = [_empty_like(weight, d_y, _wide(d_y)).zero_() for weight in weights]
     for part, inside in _parts(len(d_y), counts, max_rows):
-        rows_in = rows[part] if tokens is None else rows.index_select(0, tokens[part])
+        rows_in = rows[part] if tokens is None else take_rows(rows, tokens[part])
         scores_in = None if scores is None else scores[part]
         z_in = _preactivation(kernels, rows_in, weights, inside)
         of_part = _backward(
@@ -162,7 +164,7 @@ def _backward(
 
 
 def _gather(rows: Tensor, tokens: Tensor | None) -> Tensor:
-    return rows if tokens is None else rows.index_select(0, tokens)
+    return rows if tokens is None else take_rows(rows, tokens)
 
 
 def _per_row(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
@@ -175,11 +177,12 @@ def _per_row(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
 def _sum_groups(kernels: Kernels, x: Tensor, factors: Tensor | None, counts: Tensor) -> Tensor:
     """Sums of x (R, N), weighted by factors (R,), over each expert's rows: (e, N).
 
-    As a matrix product: deterministic, and without unused rows. 16 bytes is its narrowest operand.
+    As a matrix product that quantizes nothing: deterministic, and without unused rows. 16 bytes is
+    its narrowest operand.
     """
     ones = x.new_ones(len(x), 16 // x.itemsize)
     column = ones if factors is None else (ones * factors.unsqueeze(1)).to(x.dtype)
-    return kernels.weights(x, column, counts)[..., 0].contiguous()
+    return (kernels.exact or kernels).weights(x, column, counts)[..., 0].contiguous()
 
 
 def _parts(num_rows: int, counts: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -1,4 +1,4 @@
-"""The sum of each token's rows, as an operator. T tokens, K rows a token, R rows, D width."""
+"""Rows taken by index, and sums of them, as operators. T tokens, K rows a token, R rows, D width."""
 
 import torch
 import torch.nn.functional as F
@@ -28,3 +28,20 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 @sum_rows.register_fake
 def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return y.new_empty(len(rows), y.shape[1])
+
+
+@torch.library.custom_op("torchtitan::take_rows", mutates_args=())
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """out[r] = x[index[r]], and zeros where index[r] is -1: x (T, D), index (R,) int64 -> (R, D)."""
+    if not len(x):
+        return x.new_zeros(len(index), x.shape[1])
+    if x.is_cuda:
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
+
+        return triton_kernels.take_rows(x, index)
+    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0).unsqueeze(1), 0)
+
+
+@take_rows.register_fake
+def _(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(len(index), x.shape[1])

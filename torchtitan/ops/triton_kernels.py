@@ -22,6 +22,14 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """As ops/rows.py's `take_rows`."""
+    out = x.new_empty(len(index), x.shape[1])
+    if len(index):
+        _take_rows[(len(index),)](x, index, out, x.shape[1], *x.stride(), _block(x.shape[1]))
+    return out
+
+
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """As ops/expert_kernels.py's `clear_after`; reads the counts, writes only what is to be zero."""
     if len(x):
@@ -254,3 +262,22 @@ def _swiglu_backward(
         tl.store(at + width, d_up, inside)
     if weighted:
         tl.store(d_scores + row, tl.sum(d_score))
+
+
+@triton.jit
+def _take_rows(
+    x,
+    index,
+    out,
+    width: tl.constexpr,
+    x_stride: tl.constexpr,  # known, since what it divides by decides how wide loads are
+    column_stride: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row)
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        at = x + source * x_stride + columns * column_stride
+        tl.store(out + row * width + columns, tl.load(at, inside & (source >= 0), other=0), inside)
