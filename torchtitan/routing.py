@@ -7,11 +7,12 @@ backward: sums are gathers in a fixed order, never atomic additions.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
-from torchtitan.ops.rows import sum_rows
+from torchtitan.ops.rows import sum_rows, take_rows
 
 
 class Decisions:
@@ -125,6 +126,42 @@ class RowOrder:
     """(N,) int64: its place in the flattened (T, K)."""
     rows: torch.Tensor
     """(T, K) int64: the row of each choice; the inverse of `slots`."""
+    gaps: bool = False
+    """Whether there are rows of no token: tokens and slots are -1 there, and N is larger."""
+
+    def aligned(self, alignment: "Alignment") -> "RowOrder":
+        """The same rows with gaps between the groups of experts."""
+        tokens, slots = alignment.spread(self.tokens), alignment.spread(self.slots)
+        return replace(self, tokens=tokens, slots=slots, rows=alignment.places[self.rows], gaps=True)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Rows of e groups, moved apart so that each group fills whole blocks of rows, at least one.
+
+    Empty groups get a block too: a sum over rows of zeros is zero, whatever products make of no rows.
+    """
+
+    places: torch.Tensor
+    """(R,) int64: where each row moves to."""
+    counts: torch.Tensor
+    """(e,) int64: rows of each group, gaps included."""
+    num_rows: int
+    """The most that there can be: which expert a row goes to, the host does not know."""
+
+    @classmethod
+    def of(cls, counts: torch.Tensor, num_rows: int, block: int) -> "Alignment":
+        """For counts (e,) int64 of num_rows rows in all, in blocks of `block` rows."""
+        aligned = counts.clamp(min=1).add(block - 1).div(block, rounding_mode="floor") * block
+        shift = (aligned.cumsum(0) - aligned) - (counts.cumsum(0) - counts)
+        places = torch.arange(num_rows, device=counts.device)
+        places = places + shift.repeat_interleave(counts, output_size=num_rows)
+        num_blocks = len(counts) + max(num_rows - 1, 0) // block  # if all are in one group
+        return cls(places, aligned, num_blocks * block)
+
+    def spread(self, index: torch.Tensor) -> torch.Tensor:
+        """index (R,) int64 at its rows' new places, -1 in the gaps."""
+        return index.new_full((self.num_rows,), -1).scatter(0, self.places, index)
 
 
 def sort_by_expert(expert_ids: torch.Tensor) -> RowOrder:
@@ -136,50 +173,58 @@ def sort_by_expert(expert_ids: torch.Tensor) -> RowOrder:
     return RowOrder(slots // max(expert_ids.shape[1], 1), slots, rows.view_as(expert_ids))
 
 
+def take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:
+    """x[index] of x (R,) or (R, D); with `gaps`, zeros where the index is -1. Without autograd."""
+    if not gaps:
+        return x.index_select(0, index)
+    return take_rows(x, index) if x.ndim == 2 else F.pad(x, (0, 1))[index]
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tokens, rows):
+    def forward(ctx, x, tokens, rows, gaps):
         ctx.save_for_backward(rows)
-        return x.index_select(0, tokens)
+        return take(x, tokens, gaps)
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        return sum_rows(grad, rows), None, None
+        return sum_rows(grad, rows), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, tokens, rows):
+    def forward(ctx, y, tokens, rows, gaps):
         ctx.save_for_backward(tokens)
+        ctx.gaps = gaps
         return sum_rows(y, rows)
 
     @staticmethod
     def backward(ctx, grad):
         (tokens,) = ctx.saved_tensors
-        return grad.index_select(0, tokens), None, None
+        return take(grad, tokens, ctx.gaps), None, None, None
 
 
 class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, slots, rows):
+    def forward(ctx, scores, slots, rows, gaps):
         ctx.save_for_backward(rows)
-        return scores.flatten().index_select(0, slots)
+        return take(scores.flatten(), slots, gaps)
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
-        return grad.index_select(0, rows.flatten()).view_as(rows), None, None
+        return grad.index_select(0, rows.flatten()).view_as(rows), None, None, None
 
 
 def spread(x: torch.Tensor, order: RowOrder) -> torch.Tensor:
     """Each token's row K times, in the order of experts: x (T, D) to (N, D)."""
-    return _Spread.apply(x, order.tokens, order.rows)
+    return _Spread.apply(x, order.tokens, order.rows, order.gaps)
 
 
 def reorder(scores: torch.Tensor, order: RowOrder) -> torch.Tensor:
     """The score of each row: (T, K) to (N,)."""
-    return _Reorder.apply(scores, order.slots, order.rows)
+    return _Reorder.apply(scores, order.slots, order.rows, order.gaps)
 
 
 def weight(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -189,4 +234,4 @@ def weight(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def collect(y: torch.Tensor, order: RowOrder) -> torch.Tensor:
     """The transpose of `spread`: out[t] = sum over k of y[rows[t, k]], in fp32, rounded once."""
-    return _Collect.apply(y, order.tokens, order.rows)
+    return _Collect.apply(y, order.tokens, order.rows, order.gaps)

@@ -1,4 +1,4 @@
-"""The all-to-all dispatcher by itself: any number of tokens, any routing, any padding."""
+"""The all-to-all dispatchers by themselves: any number of tokens, any routing, any padding."""
 
 import pytest
 import torch
@@ -8,16 +8,24 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
+from torchtitan.distributed.expert_parallel.torchao import TorchAOTokenDispatcher
 from torchtitan.distributed.launch import run_ranks
 
 EXPERTS, TOP_K, DIM = 8, 3, 6
 ROUTINGS = ("uniform", "one expert", "one rank", "one token")
 
 
-def dispatcher(score_before_experts=False, sp_size=1):
+ALIGNMENTS = (1, 4)
+"""Rows that each expert's are a multiple of: in the plain dispatcher, and in the one for float8."""
+
+
+def dispatcher(score_before_experts=False, sp_size=1, alignment=1):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
     rank = mesh.get_local_rank() if sp_size > 1 else 0
-    return AllToAllTokenDispatcher(mesh, EXPERTS, score_before_experts, sp_size, rank)
+    options = (mesh, EXPERTS, score_before_experts, sp_size, rank)
+    if alignment == 1:
+        return AllToAllTokenDispatcher(*options)
+    return TorchAOTokenDispatcher(*options, row_alignment=alignment)
 
 
 def inputs(num_tokens, routing, seed, dtype=torch.float32):
@@ -49,17 +57,33 @@ def plain(x, scores, ids, params, score_before_experts=False):
 
 
 def experts(rows, counts, scores, params):
-    """This rank's experts on the rows that came, (R, D)."""
+    """This rank's experts on the rows that came, (R, D); NaN where there is no row."""
     first = dist.get_rank() * len(counts)
     of_row = torch.arange(first, first + len(counts)).repeat_interleave(counts)
-    y = rows * params[0][of_row] + params[1][of_row]
-    return y if scores is None else y * scores.unsqueeze(1)
+    used = len(of_row)
+    y = rows[:used] * params[0][of_row] + params[1][of_row]
+    y = y if scores is None else y * scores[:used].unsqueeze(1)
+    return torch.cat([y, torch.full_like(rows[used:], float("nan"))])
 
 
 def run(module, x, scores, ids, params):
     rows, counts, metadata = module.dispatch(x, scores, ids)
-    assert counts.sum() == len(rows)
+    check_groups(module, rows, counts, metadata)
     return module.combine(experts(rows, counts, metadata.routed_scores, params), metadata, x)
+
+
+def check_groups(module, rows, counts, metadata):
+    """Where rows are aligned, those that nobody sent are zeros of score zero."""
+    received, scores = sum(metadata.exchange.num_received), metadata.routed_scores
+    if not isinstance(module, TorchAOTokenDispatcher):
+        assert counts.sum() == len(rows) == received
+        return
+    size = module.row_alignment
+    assert (counts % size == 0).all() and (counts > 0).all()
+    assert counts.sum() <= len(rows) <= received + len(counts) * size and len(rows) % size == 0
+    assert rows.isfinite().all() and rows.ne(0).any(1).sum() <= received
+    assert scores is None or (scores.isfinite().all() and scores.ne(0).sum() <= received)
+    assert (rows[counts.sum() :] == 0).all()
 
 
 def poison():
@@ -71,10 +95,10 @@ def close(actual, expected, tolerance=1e-6):
     return (actual - expected).norm().item() <= tolerance * scale
 
 
-def uneven():
+def uneven(alignment):
     """Each rank has another number of tokens, from none on; three steps each."""
     poison()
-    module, rank, world = dispatcher(), dist.get_rank(), dist.get_world_size()
+    module, rank, world = dispatcher(alignment=alignment), dist.get_rank(), dist.get_world_size()
     for routing in ROUTINGS:
         for step in range(3):
             params = weights()
@@ -96,16 +120,17 @@ def uneven():
             assert close(params.grad, reference.grad), (routing, step)
 
 
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_uneven_numbers_of_tokens(world):
-    run_ranks(uneven, world)
+def test_uneven_numbers_of_tokens(world, alignment):
+    run_ranks(uneven, world, alignment)
 
 
-def padded(score_before_experts):
+def padded(score_before_experts, alignment):
     """All ranks have the same tokens and dispatch a slice each; T is 0 to 3 * sp_size + 1."""
     poison()
     world = dist.get_world_size()
-    module = dispatcher(score_before_experts, sp_size=world)
+    module = dispatcher(score_before_experts, world, alignment)
     for num_tokens in range(3 * world + 2):
         for routing in ROUTINGS[:3]:
             params, reference = weights(), weights()
@@ -135,10 +160,11 @@ def padded(score_before_experts):
             assert (params.grad[:, unused] == 0).all(), (num_tokens, routing)
 
 
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("score_before_experts", [False, True])
 @pytest.mark.parametrize("world", [2, 4])
-def test_any_number_of_tokens_is_padded(world, score_before_experts):
-    run_ranks(padded, world, score_before_experts)
+def test_any_number_of_tokens_is_padded(world, score_before_experts, alignment):
+    run_ranks(padded, world, score_before_experts, alignment)
 
 
 class Operations(TorchDispatchMode):
@@ -170,8 +196,8 @@ def test_a_divisible_number_of_tokens_costs_no_operation():
     run_ranks(compare_operations, 2)
 
 
-def count_collectives():
-    module = dispatcher()
+def count_collectives(alignment):
+    module = dispatcher(alignment=alignment)
     params = weights()
     x, scores, ids = inputs(5, "uniform", dist.get_rank())
     counted = CommDebugMode()
@@ -188,22 +214,25 @@ def count_collectives():
     assert counted.get_comm_counts() == {operators.exchange_rows: 2}
 
 
-def test_one_exchange_of_counts_and_two_of_rows():
-    run_ranks(count_collectives, 2)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_one_exchange_of_counts_and_two_of_rows(alignment):
+    run_ranks(count_collectives, 2, alignment)
 
 
-def same_bits(num_tokens, dtype):
+def same_bits(num_tokens, dtype, alignment):
     """A row's result does not depend on how many rows lie beside it."""
     world = dist.get_world_size()
     x, scores, ids = inputs(num_tokens, "uniform", 3, dtype)
     params = weights(dtype)
     alone = run(dispatcher(), x, scores, ids, params)
-    out = run(dispatcher(sp_size=world), x, scores, ids, params).detach()
+    module = dispatcher(sp_size=world, alignment=alignment)
+    out = run(module, x, scores, ids, params).detach()
     dist.all_reduce(out)
     assert torch.equal(out, alone)
 
 
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 3, 5, 6, 7, 8])
-def test_padding_changes_no_bit(num_tokens, dtype):
-    run_ranks(same_bits, 4, num_tokens, dtype)
+def test_padding_changes_no_bit(num_tokens, dtype, alignment):
+    run_ranks(same_bits, 4, num_tokens, dtype, alignment)

@@ -78,12 +78,13 @@ class AllToAllTokenDispatcher:
         counts = routing.count_tokens(expert_ids, self.num_experts)
         received, splits = exchange_counts(counts, self.ep_mesh.size(), self.group)
         exchange = Exchange.of(received, splits, expert_ids.numel(), self.group)
+        counts, exchange = self._arrange(received.sum(0), exchange)
         rows, scores = to_experts(x, scores, order, exchange)
         self.peak_received_bytes = max(self.peak_received_bytes, rows.nbytes)
         if self.score_before_experts:
             rows, scores = routing.weight(rows, scores), None
         metadata = AllToAllMetadata(num_tokens, order, exchange, scores)
-        return rows, received.sum(0), metadata
+        return rows, counts, metadata
 
     def combine(
         self, routed_output: torch.Tensor, metadata: AllToAllMetadata, x: torch.Tensor
@@ -95,6 +96,12 @@ class AllToAllTokenDispatcher:
         before = self.sp_rank * len(out)
         after = (self.sp_size - 1) * len(out) - before
         return F.pad(out, (0, 0, before, after))[: metadata.original_num_tokens]
+
+    def _arrange(
+        self, counts: torch.Tensor, exchange: Exchange
+    ) -> tuple[torch.Tensor, Exchange]:
+        """How experts want their rows, of which each has counts (e,)."""
+        return counts, exchange
 
     def _split_along_sp(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Slice sp_rank of each tensor's rows; zero rows are added where they do not divide.

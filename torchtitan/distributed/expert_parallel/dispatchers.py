@@ -15,6 +15,7 @@ from torchtitan.distributed.expert_parallel.deepep import DeepEPTokenDispatcher,
 from torchtitan.distributed.expert_parallel.peer_exchange import PeerExchange, Sizes
 from torchtitan.distributed.expert_parallel.peer_memory import SymmetricMemory
 from torchtitan.distributed.expert_parallel.symmetric_memory import SymmetricMemoryTokenDispatcher
+from torchtitan.distributed.expert_parallel.torchao import TorchAOTokenDispatcher
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.logging import logger
 
@@ -100,7 +101,17 @@ def set_dispatchers(
             make = partial(SymmetricMemoryTokenDispatcher, exchange)
     for layer in layers:
         local = layer.dispatcher
-        layer.dispatcher = make(local.num_experts, local.score_before_experts, **place)
+        shape = (local.num_experts, local.score_before_experts)
+        if local.row_alignment == 1:
+            layer.dispatcher = make(*shape, **place)
+        else:  # of all-to-all: `check_comm_backend`
+            layer.dispatcher = TorchAOTokenDispatcher(
+                mesh,
+                *shape,
+                **place,
+                row_alignment=local.row_alignment,
+                exchange_in_float8=layer.exchange_in_float8,
+            )
 
 
 def _most_tokens(config: JobConfig) -> int:

@@ -5,14 +5,15 @@ message. Row counts are exchanged once: activation checkpointing saves them, so 
 neither asks again nor waits for the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from torchtitan.distributed.comm import group_named, is_fake
+from torchtitan.distributed.expert_parallel import float8_message
 from torchtitan.ops.rows import sum_rows
-from torchtitan.routing import RowOrder, once
+from torchtitan.routing import Alignment, RowOrder, once, take
 
 _SCORE_BYTES = 16
 """What a score takes beside its row: 4 bytes, the rest keeps rows aligned for wide loads."""
@@ -76,6 +77,10 @@ class Exchange:
     by_rank: torch.Tensor
     """(R,) int64: its inverse."""
     group: str
+    gaps: bool = False
+    """Whether experts have rows that nobody sent: by_expert is -1 there, and R larger than received."""
+    in_float8: bool = False
+    """Whether rows travel to experts as float8; what comes back does not."""
 
     @classmethod
     def of(
@@ -87,6 +92,11 @@ class Exchange:
         by_expert = _regroup(received, total)
         by_rank = _regroup(received.T, total)
         return cls(num_sent, num_received, by_expert, by_rank, group)
+
+    def aligned(self, alignment: Alignment) -> "Exchange":
+        """The same rows with gaps between the groups of experts."""
+        by_expert, by_rank = alignment.spread(self.by_expert), alignment.places[self.by_rank]
+        return replace(self, by_expert=by_expert, by_rank=by_rank, gaps=True)
 
     def send(self, rows: torch.Tensor) -> torch.Tensor:
         """(N, *) to the experts' ranks: (R, *), by sending rank."""
@@ -119,10 +129,13 @@ class _ToExperts(torch.autograd.Function):
     def forward(ctx, x, scores, order, exchange):
         ctx.exchange = exchange
         ctx.save_for_backward(order.rows, exchange.by_rank)
+        by_expert, gaps = exchange.by_expert, exchange.gaps
+        if exchange.in_float8:
+            packed = float8_message.pack(x, order.tokens, scores.flatten(), order.slots)
+            return float8_message.unpack(take(exchange.send(packed), by_expert, gaps), x.dtype)
         packed = _pack(x, scores.flatten(), order.tokens, order.slots)
         rows, scores = _unpack(exchange.send(packed), x.shape[1])
-        by_expert = exchange.by_expert
-        return rows.index_select(0, by_expert), scores.index_select(0, by_expert)
+        return take(rows, by_expert, gaps), take(scores, by_expert, gaps)
 
     @staticmethod
     def backward(ctx, grad_rows, grad_scores):
@@ -144,8 +157,13 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         tokens, by_expert = ctx.saved_tensors
-        rows = ctx.exchange.send(grad.index_select(0, tokens))
-        return rows.index_select(0, by_expert), None, None
+        exchange = ctx.exchange
+        if exchange.in_float8:
+            received = exchange.send(float8_message.pack(grad, tokens))
+            rows, _ = float8_message.unpack(take(received, by_expert, exchange.gaps), grad.dtype)
+            return rows, None, None
+        rows = exchange.send(grad.index_select(0, tokens))
+        return take(rows, by_expert, exchange.gaps), None, None
 
 
 def to_experts(

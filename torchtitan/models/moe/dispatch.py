@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from torchtitan import routing
-from torchtitan.routing import RowOrder
+from torchtitan.routing import Alignment, RowOrder
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class DispatchMetadata:
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
     gathered_from: tuple[torch.Tensor, torch.Tensor] | None
-    """(tokens (T, D), index (R,)) that give the rows again, so that backward need not keep them."""
+    """(tokens (T, D), index (R,)) that give the rows again, so that backward need not keep them.
+    An index of -1 is a row of zeros."""
 
 
 class TokenDispatcher(Protocol):
@@ -51,11 +52,16 @@ class TokenDispatcher(Protocol):
 
 
 class LocalTokenDispatcher:
-    """Sorts rows by expert; nothing leaves the rank."""
+    """Sorts rows by expert; nothing leaves the rank.
 
-    def __init__(self, num_experts: int, score_before_experts: bool):
+    With row_alignment > 1, rows of zeros with scores of zero fill each expert's rows up to a multiple
+    of it, and are counted: what quantized products need.
+    """
+
+    def __init__(self, num_experts: int, score_before_experts: bool, row_alignment: int = 1):
         self.num_experts = num_experts
         self.score_before_experts = score_before_experts
+        self.row_alignment = row_alignment
 
     def dispatch(
         self,
@@ -65,6 +71,9 @@ class LocalTokenDispatcher:
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
         order = routing.sort_by_expert(selected_experts_indices)
         counts = routing.count_tokens(selected_experts_indices, self.num_experts)
+        if self.row_alignment > 1:
+            alignment = Alignment.of(counts, len(order.tokens), self.row_alignment)
+            order, counts = order.aligned(alignment), alignment.counts
         rows, scores = routing.spread(x, order), routing.reorder(top_scores, order)
         if self.score_before_experts:
             rows, scores, source = routing.weight(rows, scores), None, None

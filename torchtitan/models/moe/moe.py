@@ -13,6 +13,7 @@ from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.models.moe.router import Routing, TokenChoiceTopKRouter
+from torchtitan.ops.quantized_kernels import row_alignment
 from torchtitan.sharding import Fragment, Style
 
 
@@ -40,6 +41,7 @@ class MoE(nn.Module):
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(
             config.num_experts, config.score_before_experts
         )
+        self.exchange_in_float8 = False
         self.config = config
         # What a run's layout and batch make of these, expert parallelism and the trainer set.
         self.load_copies = 1  # ranks that route the same tokens
@@ -68,6 +70,17 @@ class MoE(nn.Module):
                 "shared_experts.w3": Style.REGION_COLWISE,
             }
         return fragment
+
+    def quantize_experts(self, backend: str, exchange_in_float8: bool = False) -> None:
+        """Let experts multiply by a quantizing backend, on rows aligned as it asks.
+
+        With exchange_in_float8, rows that go to experts of other ranks do so as float8.
+        """
+        self.experts.backend = backend
+        self.dispatcher = LocalTokenDispatcher(
+            self.config.num_experts, self.config.score_before_experts, row_alignment(backend)
+        )
+        self.exchange_in_float8 = exchange_in_float8
 
     def fill_buffers(self, device: torch.device) -> None:
         """Start without load and without bias, after the model has left the meta device."""
