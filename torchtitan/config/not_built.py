@@ -35,13 +35,6 @@ NOT_BUILT = (
         ("parallelism.context_parallel_load_balancer",),
         refused=("ptrr",),
     ),
-    NotBuilt(
-        "quantizing the products of grouped experts",
-        PLANNED,
-        ("model.converters",),
-        ("quantize.grouped_mm",),
-        refused=("quantize.grouped_mm.float8", "quantize.grouped_mm.mx"),
-    ),
     NotBuilt("the optimizer step in backward", PLANNED, ("optimizer.early_step_in_backward",)),
     NotBuilt("simulating ranks in one process", OUT_OF_SCOPE, ("comm.mode",), refused=("local_tensor",)),
     NotBuilt(

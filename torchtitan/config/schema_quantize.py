@@ -47,13 +47,22 @@ class Float8GroupedMM:
     fqns: list[str] | str = field(default_factory=list)
     """Modules whose experts are quantized: those whose name contains one of these."""
 
+    recipe_name: Literal["rowwise", "rowwise_with_gw_hp"] = "rowwise"
+    """Ours. One scale for each row and column; with_gw_hp leaves weight gradients in high precision."""
+
+    exchange_in_float8: bool = False
+    """Ours. Send rows to the experts of other ranks, and gradients of what these return, as float8."""
+
+    emulate: bool = False
+    """Ours. Emulate float8 on devices without it, to test."""
+
 
 @dataclass(frozen=True)
 class MXGroupedMM:
     """MX-format products in grouped experts."""
 
-    recipe_name: Literal["mxfp8"] = "mxfp8"
-    """torchao's recipe of MX grouped products."""
+    recipe_name: Literal["mxfp8", "mxfp8_emulated"] = "mxfp8"
+    """torchao's recipe of MX grouped products, or its emulation on devices without them."""
 
     fqns: list[str] | str = field(default_factory=list)
     """Modules whose experts are quantized: those whose name contains one of these."""

@@ -18,7 +18,7 @@ from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import nearest
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
-from torchtitan.quantization import float8, mx
+from torchtitan.quantization import float8, float8_experts, mx, mx_experts
 from torchtitan.quantization.conversion import Conversion
 from torchtitan.quantization.linear import Widths
 
@@ -50,6 +50,11 @@ _CONVERTERS: dict[str, Converter] = {
         module.convert, module.device_faults, module.layout_faults, module.emulated, rounds=True
     )
     for module in (float8, mx)
+} | {
+    module.NAME: Converter(
+        module.convert, module.device_faults, emulated=module.emulated, rounds=True
+    )
+    for module in (float8_experts, mx_experts)
 }
 
 

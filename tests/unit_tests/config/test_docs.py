@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.config import schema_parallelism, schema_run, schema_training
+from torchtitan.config import schema_parallelism, schema_quantize, schema_run, schema_training
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.config.names import leaf_keys
@@ -26,7 +26,7 @@ def rows(section: str) -> list[list[str]]:
 def documented_as_ours() -> set[str]:
     """Names of the keys whose docstring marks them as ours."""
     names = set()
-    for module in (schema_parallelism, schema_run, schema_training):
+    for module in (schema_parallelism, schema_quantize, schema_run, schema_training):
         for section in ast.parse(Path(module.__file__).read_text()).body:
             for key, text in zip(getattr(section, "body", []), getattr(section, "body", [])[1:]):
                 if isinstance(key, ast.AnnAssign) and "ours" in text.value.value.lower():

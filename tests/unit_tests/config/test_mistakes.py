@@ -59,7 +59,10 @@ def test_a_misspelt_option_is_found():
     [
         ("trainin.steps", "Did you mean training.steps?"),
         ("training.data_loader.num_workers", "Did you mean training.dataloader.num_workers?"),
-        ("quantize.linear.fp8.emulate", "It exists as quantize.linear.float8.emulate."),
+        (
+            "quantize.linear.fp8.emulate",
+            "It exists as quantize.linear.float8.emulate and quantize.grouped_mm.float8.emulate.",
+        ),
         ("training.warmup_steps", "It exists as lr_scheduler.warmup_steps."),
         ("model.seq_len", "It exists as training.seq_len and validation.seq_len."),
         ("steps", "It exists as training.steps and validation.steps."),
