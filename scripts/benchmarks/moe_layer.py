@@ -1,15 +1,19 @@
 """One MoE layer, forward and backward, beside a plain version of it: time, memory, TFLOP/s.
 
     python scripts/benchmarks/moe_layer.py                              # on a GPU: both shapes
+    python scripts/benchmarks/moe_layer.py --recipes float8_rowwise float8_rowwise_with_gw_hp
     python scripts/benchmarks/moe_layer.py --shapes small --tokens 512  # a rehearsal on a CPU
 
 T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
 forward and backward, 18 * T * K * D * F operations. "products" is these grouped GEMMs alone,
 "dense" the same work as dense products: ceilings of this machine, measured in the same run. The plain
-version has separate gate and up products and a scatter-add combine. Variants take turns.
+version has separate gate and up products and a scatter-add combine. Variants take turns. With
+--recipes there are also layers whose experts multiply in few bits (on a CPU emulated, to rehearse), and
+each recipe's "products", of numbers that are float8 already (with gw_hp four of the six).
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from torch import nn
 
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
+from torchtitan.ops import quantized_kernels
 
 SHAPES = {
     "q30b": {"dim": 2048, "ffn_dim": 768, "num_experts": 128, "top_k": 8},  # qwen3 30B-A3B
@@ -60,6 +65,34 @@ class PlainMoE(nn.Module):
         y = (y * top_scores.flatten()[order].unsqueeze(1)).to(x.dtype)
         index = index.unsqueeze(1).expand_as(y)
         return torch.zeros_like(tokens).scatter_add(0, index, y).view_as(x)
+
+
+def float8_products_alone(
+    moe: MoE, config: MoEConfig, num_rows: int, recipe: quantized_kernels.Recipe
+) -> Callable[[], object]:
+    """The grouped products of float8 numbers, as many of them as the recipe has; groups are aligned."""
+    from torchtitan.ops import float8_triton
+
+    w13, w2 = moe.experts.w13.detach().flatten(1, 2), moe.experts.w2.detach()
+    blocks = torch.linspace(0, num_rows // recipe.alignment, config.num_experts + 1, device=w2.device)
+    counts = blocks.long().diff() * recipe.alignment
+    tensors = [
+        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
+        for width in (w2.shape[1], w13.shape[1], w2.shape[2])
+    ]
+    rows, z, act = (float8_triton.quantize_rows(x) for x in tensors)
+    factors = [float8_triton.quantize_matrices(x) for x in (w13.mT, w2.mT, w2, w13)]
+    columns = [float8_triton.quantize_group_columns(x, counts) for x in tensors]
+
+    def run():
+        for a, b in zip((rows, act, rows, z), factors, strict=True):
+            quantized_kernels.grouped_product(a.data, a.scale.squeeze(1), b.data, b.scale, counts)
+        if recipe.weights:
+            for a, b in ((columns[0], columns[2]), (columns[1], columns[0])):
+                scales = a.scale.flatten(), b.scale.flatten()
+                quantized_kernels.grouped_product(a.data.t(), scales[0], b.data, scales[1], counts)
+
+    return run
 
 
 def dense_product(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
@@ -131,11 +164,20 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     layers = {"ours": moe, "plain": plain}
     if not args.no_compile:
         layers |= {"ours compiled": torch.compile(moe), "plain compiled": torch.compile(plain)}
+    for recipe in args.recipes:
+        emulated = quantized_kernels.EMULATED if args.device == "cpu" else ""
+        layers[recipe] = copy.deepcopy(moe)
+        layers[recipe].quantize_experts(f"{emulated}{recipe}")
+        if not args.no_compile:
+            layers[f"{recipe} compiled"] = torch.compile(layers[recipe])
     num_rows = args.tokens * config.top_k
     works = {variant: step_of(layer, x, upstream) for variant, layer in layers.items()}
     experts = moe.experts
     works["products"] = grouped_products(experts.w13.detach().flatten(1, 2), experts.w2.detach(), num_rows)
     works["dense"] = dense_product(moe, config, num_rows)
+    for recipe in args.recipes if args.device == "cuda" else ():
+        made = quantized_kernels.RECIPES[recipe]
+        works[f"{recipe} products"] = float8_products_alone(moe, config, num_rows, made)
     times = take_turns(
         works, args.device, warm_up=args.warm_up, rounds=args.rounds, repeats=args.repeats
     )
@@ -176,6 +218,8 @@ def arguments() -> argparse.Namespace:
     for key in SHAPES["small"]:
         parser.add_argument(f"--{key}", type=int, help="in place of the shape's")
     parser.add_argument("--max_rows_per_chunk", type=int, default=0)
+    float8 = [name for name in quantized_kernels.RECIPES if name.startswith("float8")]
+    parser.add_argument("--recipes", nargs="*", choices=float8, default=[])
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--warm_up", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
