@@ -86,11 +86,11 @@ def float8_products_alone(
 
     def run():
         for a, b in zip((rows, act, rows, z), factors, strict=True):
-            quantized_kernels.grouped_product(a.data, a.scale.squeeze(1), b.data, b.scale, counts)
+            quantized_kernels.float8_product(a.data, a.scale.squeeze(1), b.data, b.scale, counts)
         if recipe.weights:
             for a, b in ((columns[0], columns[2]), (columns[1], columns[0])):
                 scales = a.scale.flatten(), b.scale.flatten()
-                quantized_kernels.grouped_product(a.data.t(), scales[0], b.data, scales[1], counts)
+                quantized_kernels.float8_product(a.data.t(), scales[0], b.data, scales[1], counts)
 
     return run
 

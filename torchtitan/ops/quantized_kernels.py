@@ -89,17 +89,17 @@ def _rows(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     from torchtitan.ops import float8_triton  # PyTorch for CPUs comes without Triton
 
     a, b = float8_triton.quantize_rows(a), float8_triton.quantize_matrices(b)
-    return grouped_product(a.data, a.scale.squeeze(1), b.data, b.scale, counts)
+    return float8_product(a.data, a.scale.squeeze(1), b.data, b.scale, counts)
 
 
 def _weights(a: Tensor, b: Tensor, counts: Tensor) -> Tensor:
     from torchtitan.ops import float8_triton
 
     a, b = (float8_triton.quantize_group_columns(x, counts) for x in (a, b))
-    return grouped_product(a.data.t(), a.scale.flatten(), b.data, b.scale.flatten(), counts)
+    return float8_product(a.data.t(), a.scale.flatten(), b.data, b.scale.flatten(), counts)
 
 
-def grouped_product(
+def float8_product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor
 ) -> Tensor:
     """In bfloat16. Hopper adds float8 products up in fewer bits than fp32, at twice the speed."""
