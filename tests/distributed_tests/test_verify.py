@@ -247,6 +247,6 @@ def test_exit_status_and_json(tmp_path, capsys):
     content = json.loads(file.read_text())
     assert content["passed"] and content["world_size"] == 2
     assert len(content["peak_mib"]) == 2 and min(content["peak_mib"]) > 50
-    assert {"name", "error", "norm_ratio", "replicas_equal"} == set(content["rows"][0])
+    assert {"name", "error", "norm_ratio", "replicas_equal", "tolerance"} == set(content["rows"][0])
     assert main([*COMMON, "--model.flavor=nonsense"]) == 2
     assert main([*COMMON, "--verify.json"]) == 2

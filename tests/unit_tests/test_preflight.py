@@ -76,7 +76,6 @@ CASES = {
     "float8 without a GPU": (["--model.converters=float8"], "float8 products need a GPU"),
     "MX without a GPU": (["--model.converters=quantize.linear.mx"], 'Use "mxfp8_emulated_rceil"'),
     "unknown converter": (["--model.converters=flaot8"], 'Did you mean "float8"?'),
-    "converter that is not built": (["--model.converters=quantize.grouped_mm.mx"], "is not built"),
     "filter of everything": (
         [*EMULATED, "--quantize.linear.float8.filter_fqns=layers"],
         "none of the model's Linear layers to convert",
