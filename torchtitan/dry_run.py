@@ -26,7 +26,8 @@ from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.models.decoder import DecoderConfig
-from torchtitan.optim.optimizer import build_optimizer, state_by_name
+from torchtitan.optim.optimizer import build_optimizer
+from torchtitan.optim.state import held_tensors
 from torchtitan.preflight import checked_model
 from torchtitan.quantization.converters import emulated
 
@@ -127,7 +128,8 @@ def _be(
 ) -> StageReport:
     """Be one rank for two steps; the report is of the second."""
     with fake_ranks(rank, world_size) as fake:
-        model = build_model(model_config, degrees, _precision(config), config, CPU, fake)
+        precision = _precision(config)
+        model = build_model(model_config, degrees, precision, config, CPU, fake)
         if model.pipeline is not None:
             skip_vote(model.pipeline.schedule)
         axes = _axis_names(degrees.meshes("cpu"))
@@ -147,11 +149,11 @@ def _be(
 
         counter = CollectiveCounter()
         with fake, loss_layout(degrees.tp, config.parallelism):
-            optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+            optimizer = build_optimizer(model.named_parameters(), config.optimizer, precision.compute)
             step()  # the first one makes what later ones have
             with counter:
                 gradients = step()
-        moments = [t for state in state_by_name(optimizer).values() for t in state.values()]
+        moments = list(held_tensors(optimizer.state))
         weights = list(model.parameters())
         sizes = {"weights": weights, "gradients": gradients, "optimizer state": moments}
         return StageReport(

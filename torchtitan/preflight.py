@@ -47,7 +47,7 @@ from torchtitan.models.decoder import DecoderConfig
 from torchtitan.models.registry import model_config
 from torchtitan.observability.profiling import check_memory_snapshot
 from torchtitan.observability.sinks import check_sinks
-from torchtitan.optim.groups import check_no_decay
+from torchtitan.optim.check import check_optimizer, check_saved_state
 from torchtitan.quantization.converters import (
     check_device,
     check_layout,
@@ -90,8 +90,7 @@ def prepare(
         try:
             return function(*args)
         except ConfigError as error:
-            known = {fault.setting for fault in faults}  # a value is refused once, for the first reason
-            faults.extend(fault for fault in error.faults if fault.setting not in known)
+            faults.extend(_further(error, faults))
             return None
 
     attempt(_check_dump_folder, config.job.dump_folder)
@@ -106,8 +105,6 @@ def prepare(
     tokenizer = attempt(build_tokenizer, config.model.hf_assets_path)
     if model and tokenizer:
         faults += check_tokenizer(tokenizer, model.vocab_size)
-    if model and config.optimizer.no_decay:
-        attempt(check_no_decay, config.optimizer.no_decay, _parameter_names(model))
     attempt(_check_data, config)
     places = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
     checkpoint = attempt(find_checkpoint, config.checkpoint, *places, altered)
@@ -116,6 +113,7 @@ def prepare(
         attempt(_check_hugging_face_load, hf, config, checkpoint)
         if (checkpoint / ".metadata").exists():
             attempt(_check_weights, checkpoint, model)
+            attempt(_check_optimizer_state, checkpoint, model, config)
     if hf and config.checkpoint.last_save_in_hf:
         attempt(hf.check_save)
     progress = attempt(_progress, checkpoint, config)
@@ -143,10 +141,19 @@ def checked_model(config: JobConfig) -> tuple[DecoderConfig | None, list[Fault]]
         if config.model.converters and not refused and not unknown:  # each finds what to convert
             with torch.device("meta"):
                 convert(model.build(), config)
-        return model, faults
     except ConfigError as error:
-        known = {fault.setting for fault in faults}  # a value is refused once, for the first reason
-        return None, faults + [fault for fault in error.faults if fault.setting not in known]
+        return None, faults + _further(error, faults)
+    try:
+        check_optimizer(config.optimizer, _num_dims(model))
+    except ConfigError as error:
+        faults += _further(error, faults)
+    return model, faults
+
+
+def _further(error: ConfigError, faults: Sequence[Fault]) -> list[Fault]:
+    """Its faults, without those of settings that are refused already: once, for the first reason."""
+    known = {fault.setting for fault in faults}
+    return [fault for fault in error.faults if fault.setting not in known]
 
 
 def prepare_again(setup: Setup, world_size: int, device: torch.device) -> Setup:
@@ -199,9 +206,10 @@ def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> 
         raise ConfigError(faults)
 
 
-def _parameter_names(model: DecoderConfig) -> list[str]:
+def _num_dims(model: DecoderConfig) -> dict[str, int]:
+    """Of the model's parameters, by name."""
     with torch.device("meta"):
-        return [name for name, _ in model.build().named_parameters()]
+        return {name: parameter.ndim for name, parameter in model.build().named_parameters()}
 
 
 def _check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -> None:
@@ -252,6 +260,16 @@ def _check_weights(checkpoint: Path, model: DecoderConfig) -> None:
     }
     if faults := list(mismatches(checkpoint, expected, found)):
         raise ConfigError(faults)
+
+
+def _check_optimizer_state(checkpoint: Path, model: DecoderConfig, config: JobConfig) -> None:
+    load = config.checkpoint
+    own = is_own(checkpoint, _own_folder(config))
+    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    has_state = any(name.startswith("optimizer.") for name in saved)
+    begins_anew = not own and load.initial_load_model_only
+    if has_state and not begins_anew and "optimizer" not in load.exclude_from_loading:
+        check_saved_state(config.optimizer, _num_dims(model), saved, checkpoint)
 
 
 def _own_folder(config: JobConfig) -> Path:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from torchtitan.config.manager import save_toml, to_json
@@ -13,7 +12,7 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.model_parts import ModelParts
-from torchtitan.optim.optimizer import describe_optimizer
+from torchtitan.optim.optimizer import AnyOptimizer, describe_optimizer
 from torchtitan.optim.schedule import describe_schedule
 from torchtitan.preflight import Setup
 
@@ -46,7 +45,7 @@ def describe(
     degrees: Degrees,
     precision: Precision,
     model: ModelParts,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AnyOptimizer,
 ) -> Iterator[str]:
     """What is trained and on what, in a few lines; `config` has its seed and batch size settled."""
     if config.job.print_config:

@@ -64,7 +64,9 @@ class Trainer:
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
         self.nonfinite = NonFiniteGuard(config.training, self.expert_load.overflow)
-        self.optimizer = build_optimizer(self.model.named_parameters(), config.optimizer)
+        named = self.model.named_parameters()
+        seed = config.debug.seed
+        self.optimizer = build_optimizer(named, config.optimizer, self.precision.compute, seed)
         self.checkpoints = CheckpointManager(
             config.checkpoint,
             self.dump_folder,

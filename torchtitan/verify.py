@@ -33,7 +33,7 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import init_logger
-from torchtitan.optim.optimizer import build_optimizer, set_learning_rate
+from torchtitan.optim.optimizer import build_optimizer
 from torchtitan.preflight import report
 from torchtitan.verify_case import Case, alone, settle, without_rounding
 from torchtitan.verify_routing import (
@@ -161,7 +161,6 @@ def run_steps(case: Case, sabotage: Sabotage | None, recorded: Recorded | None) 
     for part in model.parts if sabotage is not None else ():
         sabotage(part)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    set_learning_rate(optimizer, config.optimizer.lr)
     rank, training, parallelism = dist.get_rank(), config.training, config.parallelism
     part = sequence_part(parallelism, degrees, rank)
     recorder = Recorder(model, training.global_batch_size) if recorded is None else None

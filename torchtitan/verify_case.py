@@ -7,7 +7,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.pipeline_faults import pipeline_faults
-from torchtitan.config.schema import JobConfig, Parallelism, Training
+from torchtitan.config.schema import JobConfig, Optimizer, Parallelism, Training
 from torchtitan.config.sequence_cuts import length_unit
 from torchtitan.config.without_gpus import without_gpus
 from torchtitan.data.batch import Batch
@@ -68,6 +68,7 @@ def settle(config: JobConfig, full: bool) -> Case:
         config,
         parallelism=parallelism,
         training=training,
+        optimizer=_in_full_precision(config.optimizer, notes),
         compile=_on_cpu(config, notes),
         debug=replace(config.debug, seed=config.debug.seed or 0),
     )
@@ -204,6 +205,14 @@ def _batch(
         mixed_precision_param="float32",
     )
     notes += _changes("training.", training, new, ())
+    return new
+
+
+def _in_full_precision(optimizer: Optimizer, notes: list[str]) -> Optimizer:
+    """What the blocks of quantized moments are hangs on the layout, and so do rounding's draws."""
+    name = "AdamW" if optimizer.name == "AdamW8bit" else optimizer.name
+    new = replace(optimizer, name=name, bf16_stochastic_round=False)
+    notes += _changes("optimizer.", optimizer, new, ())
     return new
 
 

@@ -91,6 +91,16 @@ def test_512_ranks_are_no_more_work_than_one():
     assert time.monotonic() - start < 30
 
 
+@pytest.mark.parametrize(("name", "bytes_a_parameter"), [("AdamW8bit", (2, 8)), ("Muon", (4, 8))])
+def test_state_is_counted_as_the_optimizer_keeps_it(name, bytes_a_parameter):
+    """Between that of a large matrix and that of a norm's weight."""
+    report = dry(SMALL | TP2 | {"optimizer.name": name}, 0, 4)
+    least, most = (size * report.num_parameters for size in bytes_a_parameter)
+    assert least < report.bytes["optimizer state"] < most
+    exchanges = {row.axis for row in report.traffic if row.kind == "all_to_all"}
+    assert exchanges == ({"fsdp", "tp"} if name == "Muon" else set())
+
+
 def test_all_that_cannot_work_is_said():
     config = load_config(arguments(SMALL | {"parallelism.tensor_parallel_degree": 3, "training.seq_len": 31}))
     with pytest.raises(ConfigError) as error:

@@ -34,7 +34,7 @@ def train(config, first, last, load=None, save=None, shard=True):
         for module in layers.values():
             fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = build_optimizer(model.named_parameters(), config)
-    state = {"model": dict(model.named_parameters()), "optimizer": state_by_name(optimizer)}
+    state = {"model": dict(model.named_parameters()), "optimizer": dict(state_by_name(optimizer))}
     if load:
         with torch.no_grad():
             dcp.load(state, checkpoint_id=load)

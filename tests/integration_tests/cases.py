@@ -33,6 +33,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "llama3_tensorwise": FLOAT8,
     "llama3_tied": ("--model.overrides.enable_weight_tying=true",),
     "llama3_packed": ("--model.overrides.attn_mask_type=block_causal",),
+    "llama3_muon": ("--optimizer.name=Muon",),
+    "llama3_8bit": ("--optimizer.name=AdamW8bit", "--optimizer.implementation=for-loop"),
     "qwen3": ("--model.name=qwen3",),
     "qwen3_moe": ("--model.name=qwen3", "--model.flavor=debugmodel_moe"),
     "qwen3_moe_float8": (
@@ -42,6 +44,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         "--quantize.grouped_mm.float8.fqns=experts",
         "--quantize.grouped_mm.float8.emulate",
     ),
+    "qwen3_moe_muon": ("--model.name=qwen3", "--model.flavor=debugmodel_moe", "--optimizer.name=Muon"),
     "deepseek_v3": ("--model.name=deepseek_v3",),
     "deepseek_v3_packed": ("--model.name=deepseek_v3", "--model.flavor=debugmodel_flex_attn"),
     "gpt_oss": ("--model.name=gpt_oss", "--model.overrides.sliding_window=16"),
@@ -200,8 +203,21 @@ _LOW_PRECISION = (
           model="llama3_tensorwise", tolerance=1e-4, launched=True),
 )  # fmt: skip
 
+_OPTIMIZERS = (
+    _case("muon_fsdp_2_tp_2", "Muon on matrices in four parts", 4, f"{TENSOR}=2", f"{BATCH}=6",
+          model="llama3_muon"),
+    _resumed("muon_resume_pp_to_fsdp", "Muon goes on on other ranks", 2, (f"{PIPELINE}=2",), (f"{BATCH}=6",),
+             model="llama3_muon"),
+    _case("muon_cpu_offload", "Muon on weights in host memory", 2, f"{BATCH}=6",
+          "--training.enable_cpu_offload", model="llama3_muon"),
+    _case("muon_ep_2", "Muon on the matrices of experts", 2, f"{EXPERT}=2", f"{BATCH}=6",
+          model="qwen3_moe_muon"),
+    _resumed("adamw_8bit_fsdp_2", "AdamW in 8 bits goes on, saved beside training", 2, (f"{BATCH}=6",),
+             (f"{BATCH}=6", "--checkpoint.async_mode=async", "--checkpoint.interval=1"), model="llama3_8bit"),
+)  # fmt: skip
+
 FEATURES = (
-    *_DATA, *_RECOMPUTATION, *_TENSOR, *_CONTEXT, *_PIPELINE, *_CHECKPOINTS, *_LOW_PRECISION
+    *_DATA, *_RECOMPUTATION, *_TENSOR, *_CONTEXT, *_PIPELINE, *_CHECKPOINTS, *_LOW_PRECISION, *_OPTIMIZERS
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ seed, batch size, data position.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ class CheckpointManager:
     """Saves and loads one run's model and optimizer state (tensors by name, loaded in place).
 
     `model_state` gives the tensors that this rank has a part in, under the names of the whole model;
-    `optimizer_state` those of each trainable parameter. `origin`, JSON-able, says where checkpoints
-    come from: layout and config.
+    `optimizer_state` those of each trainable parameter. Entries of the latter may be copies, made when
+    they are asked for: what was loaded is set again. `origin`, JSON-able, says where checkpoints come
+    from: layout and config.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class CheckpointManager:
         config: Checkpoint,
         dump_folder: Path,
         model_state: Callable[[], Tensors],
-        optimizer_state: Mapping[str, Tensors],
+        optimizer_state: MutableMapping[str, Tensors],
         hf: HuggingFace | None = None,
         origin: Mapping[str, Any] | None = None,
     ):
@@ -85,7 +86,7 @@ class CheckpointManager:
         )
         state: State = {"model": self.model_state()}
         if not weights_only:
-            state["optimizer"] = self.optimizer_state
+            state["optimizer"] = dict(self.optimizer_state)
         if missing := _missing(state, checkpoint):
             # Balance biases and loads are state of training: with new training they may begin anew.
             anew = {f"model.{name}" for name in state["model"] if name not in self.optimizer_state}
@@ -97,6 +98,7 @@ class CheckpointManager:
             dcp.load(state, checkpoint_id=checkpoint)
         except CheckpointException as error:  # no Exception, which callers could not expect
             raise CheckpointFailed(f"{checkpoint} does not fit this model: {error}") from error
+        self.optimizer_state.update(state.get("optimizer", {}))
         seconds = time.perf_counter() - start
         logger.info(f"loaded {' and '.join(state)} from {checkpoint} in {seconds:.2f} s")
 
@@ -124,7 +126,7 @@ class CheckpointManager:
             weights = {n: t.to(dtype) if n in self.optimizer_state else t for n, t in weights.items()}
             job = self._job(step, {"model": weights}, progress, model_only=True)
         else:
-            state = {"model": weights, "optimizer": self.optimizer_state}
+            state = {"model": weights, "optimizer": dict(self.optimizer_state)}
             job = self._job(step, state, progress, model_only=False)
         _refuse_nonfinite(job)
         self.writer.write(job, in_background=not (wait or last))

@@ -11,6 +11,7 @@ from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import leaf_keys, nearest
 from torchtitan.config.not_built import refusals
+from torchtitan.config.optimizer_faults import optimizer_faults
 from torchtitan.config.schema import Checkpoint, JobConfig
 
 LEAST = {
@@ -81,7 +82,7 @@ CHOICES = {
     "checkpoint.exclude_from_loading": ("optimizer", "lr_scheduler", "dataloader", "train_state"),
     "fault_tolerance.process_group": ("gloo", "nccl"),
     "fault_tolerance.semi_sync_method": ("local_sgd", "diloco"),
-    "optimizer.name": ("Adam", "AdamW"),
+    "optimizer.name": ("Adam", "AdamW", "AdamW8bit", "Muon"),
     "parallelism.context_parallel_load_balancer": ("headtail", "ptrr"),
 }
 """Keys, or lists of them, whose values upstream left open and that know only these."""
@@ -123,13 +124,6 @@ def names_are_known(config: JobConfig) -> Iterator[Fault]:
                 near = nearest(name, choices)
                 remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(choices)}."
                 yield Fault(key, "no such name.", remedy, value=name)
-
-
-def betas_are_below_1(config: JobConfig) -> Iterator[Fault]:
-    for key in ("beta1", "beta2"):
-        beta = getattr(config.optimizer, key)
-        if not 0 <= beta < 1:
-            yield Fault(f"optimizer.{key}", "must be at least 0 and below 1.", value=beta)
 
 
 def max_norm_is_positive(config: JobConfig) -> Iterator[Fault]:
@@ -363,7 +357,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     counts_of_all_are_positive_or_minus_one,
     fractions_are_between_0_and_1,
     names_are_known,
-    betas_are_below_1,
+    optimizer_faults,
     max_norm_is_positive,
     tokenizer_is_a_folder,
     global_batch_holds_whole_microbatches,

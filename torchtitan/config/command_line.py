@@ -218,7 +218,7 @@ def _lists_of_strings(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | Non
 def _tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Tables, and a string or tables, in one word of TOML: `{path = "a.jsonl", weight = 2}`."""
     takes_string = info.type == str | dict[str, Any] | list[dict[str, Any]]
-    if not takes_string and info.type != dict[str, Any]:
+    if not takes_string and info.type not in (dict[str, Any], list[dict[str, Any]]):
         return None
 
     def parse(words: list[str]) -> Any:

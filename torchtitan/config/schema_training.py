@@ -56,7 +56,7 @@ class Optimizer:
     """How weights are updated."""
 
     name: str = "AdamW"
-    """Adam or AdamW."""
+    """Adam, AdamW, AdamW8bit or Muon."""
 
     lr: float = 8e-4
     """Peak learning rate."""
@@ -76,8 +76,20 @@ class Optimizer:
     no_decay: list[str] = field(default_factory=list)
     """Ours. Parameters without weight decay, as patterns of their names: *norm*, *.bias."""
 
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Ours. Tables {patterns, lr_scale, weight_decay, optimizer} for the parameters they match."""
+
+    bf16_stochastic_round: bool = False
+    """Ours. Round weights in bfloat16 up or down by chance, so that small updates add up."""
+
+    muon_momentum: float = 0.95
+    """Ours. Decay of Muon's running mean of gradients."""
+
+    muon_lr_adjustment: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Ours. How Muon's learning rate follows a matrix's shape: to updates of AdamW's size, or not."""
+
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update runs: parameter by parameter, in batches, or as one fused kernel."""
+    """How Adam's update runs: parameter by parameter, in batches, or as one fused kernel."""
 
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is ready, to free the gradient early."""

@@ -145,6 +145,11 @@ def by_mesh(items: Iterable[T], key: Callable[[T], torch.Tensor]) -> list[list[T
     return list(parts.values())
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, plain or DTensor; no copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])

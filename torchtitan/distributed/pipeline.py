@@ -18,10 +18,10 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import GraphExecGroup
 
 from torchtitan.config.pipeline import PipelinePlan
+from torchtitan.distributed.mesh import local_part
 
 
 class Microbatches(Protocol):
@@ -216,8 +216,8 @@ class TiedWeight:
     @torch.no_grad()
     def add_gradient(self) -> None:
         """To the owner's, once the copy's is complete."""
-        source = None if self.copy is None else _local(self.copy.grad)
-        target = None if self.owner is None else _local(self.owner.grad)
+        source = None if self.copy is None else local_part(self.copy.grad)
+        target = None if self.owner is None else local_part(self.owner.grad)
         self._move(source, target, torch.Tensor.add_)
         if self.copy is not None:
             self.copy.grad = None
@@ -225,8 +225,8 @@ class TiedWeight:
     @torch.no_grad()
     def copy_weight(self) -> None:
         """From the owner, whose value may have changed."""
-        source = None if self.owner is None else _local(self.owner)
-        target = None if self.copy is None else _local(self.copy)
+        source = None if self.owner is None else local_part(self.owner)
+        target = None if self.copy is None else local_part(self.copy)
         self._move(source, target, torch.Tensor.copy_)
 
     def _move(
@@ -244,7 +244,3 @@ class TiedWeight:
             received = torch.empty_like(target)
             dist.recv(received, group=self.group, group_src=other_end)
             put(target, received)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
-"""How the optimizer is built: Adam or AdamW, its state complete from the first step on."""
+"""How the optimizer is built, by its name; its state is complete from the first step on."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -8,28 +8,75 @@ from torch.optim import Adam, AdamW
 
 from torchtitan.config.schema import Optimizer as OptimizerConfig
 from torchtitan.optim.groups import parameter_groups
+from torchtitan.optim.low_precision import LowPrecisionAdamW
+from torchtitan.optim.muon import Muon
+from torchtitan.optim.state import StateByName
 
-OPTIMIZERS = {"Adam": Adam, "AdamW": AdamW}
+TORCHS = {"Adam": Adam, "AdamW": AdamW}
+
+
+class Optimizers:
+    """Optimizers over parameters of their own that are used as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[nn.Parameter, dict]:
+        return {param: state for part in self.parts for param, state in part.state.items()}
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+
+AnyOptimizer = torch.optim.Optimizer | Optimizers
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig
-) -> torch.optim.Optimizer:
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> AnyOptimizer:
     """Optimizer over the trainable parameters (plain or DTensor), with all of its state allocated.
 
-    Names are the model's own, free of wrapper prefixes: `no_decay` patterns match them, and each
-    group keeps its own under "param_names". Raises ConfigError if such a pattern matches nothing.
+    Names are the model's own, free of wrapper prefixes: patterns match them, and each group keeps its
+    own under "param_names". `dtype` is that of Muon's matrix products; `seed` is of stochastic rounding.
     """
-    assert config.name in OPTIMIZERS, f"optimizer {config.name}, known are {list(OPTIMIZERS)}"
-    optimizer = OPTIMIZERS[config.name](
-        parameter_groups(named_parameters, config.weight_decay, config.no_decay),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        # Both False is the for-loop; None would let torch choose.
-        fused=config.implementation == "fused",
-        foreach=config.implementation == "foreach",
-    )
+    groups = parameter_groups(named_parameters, config)
+    parts = [_build(name, some, config, dtype, seed) for name, some in groups.items()]
+    optimizer = parts[0] if len(parts) == 1 else Optimizers(parts)
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
+
+
+def _build(
+    name: str, groups: list[dict], config: OptimizerConfig, dtype: torch.dtype, seed: int
+) -> torch.optim.Optimizer:
+    if name == "Muon":
+        return Muon(groups, config.lr, config.muon_momentum, config.muon_lr_adjustment, dtype)
+    adams = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if name == "AdamW8bit" or config.bf16_stochastic_round:
+        return LowPrecisionAdamW(
+            groups,
+            **adams,
+            eight_bit=name == "AdamW8bit",
+            stochastic=config.bf16_stochastic_round,
+            compiled=config.implementation == "fused",
+            seed=seed,
+        )
+    # Both False is the for-loop; None would let torch choose.
+    kernels = {kind: config.implementation == kind for kind in ("fused", "foreach")}
+    optimizer = TORCHS[name](groups, **adams, **kernels)
     materialize_state(optimizer)
     return optimizer
 
@@ -54,30 +101,34 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` from the next step on, in every group."""
+def set_learning_rate(optimizer: AnyOptimizer, lr: float) -> None:
+    """Use `lr` from the next step on, in every group times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
-def state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """{parameter name: {"step", "exp_avg", "exp_avg_sq"}}, the tensors that the optimizer uses.
-
-    All that a checkpoint needs: a load in place restores the optimizer, whatever its grouping was.
-    Learning rate, decay and betas are the config's and so are not part of it.
-    """
-    return {
-        name: optimizer.state[param]
-        for group in optimizer.param_groups
-        for name, param in zip(group["param_names"], group["params"], strict=True)
-    }
+def state_by_name(optimizer: AnyOptimizer) -> StateByName:
+    """What a checkpoint holds of the optimizer, whatever its grouping is."""
+    return StateByName(optimizer.param_groups, optimizer.state)
 
 
-def describe_optimizer(optimizer: torch.optim.Optimizer) -> str:
+def describe_optimizer(optimizer: AnyOptimizer) -> str:
     """The groups in a line for the start of a run."""
-    groups = ", ".join(
+    parts = optimizer.parts if isinstance(optimizer, Optimizers) else [optimizer]
+    return "; ".join(f"{_title(part)}: {_groups(part)}" for part in parts)
+
+
+def _title(optimizer: torch.optim.Optimizer) -> str:
+    if not isinstance(optimizer, LowPrecisionAdamW):
+        return type(optimizer).__name__
+    title = "AdamW8bit" if optimizer.eight_bit else "AdamW"
+    return f"{title} with stochastic rounding" if optimizer.stochastic else title
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> str:
+    return ", ".join(
         f"{len(group['params'])} tensors ({sum(p.numel() for p in group['params']):,} parameters) "
         f"with weight decay {group['weight_decay']:g}"
+        + (f" and {group['lr_scale']:g} times the learning rate" if group["lr_scale"] != 1 else "")
         for group in optimizer.param_groups
     )
-    return f"{type(optimizer).__name__}: {groups}"

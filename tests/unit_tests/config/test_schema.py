@@ -36,6 +36,10 @@ def test_upstreams_149_keys_and_ours():
         "moe.max_rows_per_chunk",
         "moe.router_z_coeff",
         "moe.sequence_balance_coeff",
+        "optimizer.bf16_stochastic_round",
+        "optimizer.groups",
+        "optimizer.muon_lr_adjustment",
+        "optimizer.muon_momentum",
         "optimizer.no_decay",
         "parallelism.context_parallel_method",
         "parallelism.enable_sequence_parallel",
@@ -104,7 +108,13 @@ def class_of(section: str) -> str:
     return type(config).__name__
 
 
-READERS_IN_CONFIG = ("manager.py", "pipeline.py", "pipeline_faults.py", "sequence_cuts.py")
+READERS_IN_CONFIG = (
+    "manager.py",
+    "optimizer_groups.py",
+    "pipeline.py",
+    "pipeline_faults.py",
+    "sequence_cuts.py",
+)
 """Files of config that do what keys say; the others only know them."""
 SOURCES = [
     read(path)

@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import Optimizer
 from torchtitan.optim.optimizer import (
     build_optimizer,
@@ -140,16 +139,6 @@ def test_no_decay_exempts_what_its_patterns_match():
         )
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names():
-    with pytest.raises(ConfigError) as error:
-        build_optimizer(
-            make_model().named_parameters(), replace(CONFIG, no_decay=["*.norm.wieght", "*.bias"])
-        )
-    (fault,) = error.value.faults
-    assert (fault.setting, fault.value) == ("optimizer.no_decay", "*.norm.wieght")
-    assert "layers.*.norm.weight" in fault.remedy
-
-
 def test_frozen_parameters_stay_out_and_tied_ones_must_come_once():
     model = make_model()
     model["idle"].requires_grad_(False)
@@ -187,11 +176,11 @@ def train_all(model, optimizer, num_steps):
 
 
 def save_by_name(folder, model, optimizer):
-    dcp.save({"optimizer": state_by_name(optimizer)}, checkpoint_id=folder)
+    dcp.save({"optimizer": dict(state_by_name(optimizer))}, checkpoint_id=folder)
 
 
 def load_by_name(folder, model, optimizer):
-    dcp.load({"optimizer": state_by_name(optimizer)}, checkpoint_id=folder)
+    dcp.load({"optimizer": dict(state_by_name(optimizer))}, checkpoint_id=folder)
 
 
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
