@@ -20,13 +20,13 @@ from torchtitan.data.batch import Batch
 from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fake import CollectiveCounter, fake_ranks, skip_vote
 from torchtitan.distributed.fsdp import Precision
-from torchtitan.distributed.grad_norm import clip_gradients, global_grad_norm
+from torchtitan.distributed.grad_norm import clip_factor, global_grad_norm
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.models.decoder import DecoderConfig
-from torchtitan.optim.optimizer import build_optimizer
+from torchtitan.optim.optimizer import build_optimizer, take_step
 from torchtitan.optim.state import held_tensors
 from torchtitan.preflight import checked_model
 from torchtitan.quantization.converters import emulated
@@ -139,9 +139,8 @@ def _be(
         def step() -> list[torch.Tensor]:
             loss = model.forward_backward(batch, range(len(batch.tokens)), 1, config.training)
             norm, _ = global_grad_norm(model.parameters(), loss, degrees.stage_size)
-            clip_gradients(model.parameters(), config.training.max_norm, norm)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            optimizer.step()
+            take_step(optimizer, clip_factor(norm, config.training.max_norm))
             model.weights_changed()
             expert_load.finish_step(stepped=True)
             optimizer.zero_grad()

@@ -22,7 +22,7 @@ from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
 from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision
-from torchtitan.distributed.grad_norm import clip_gradients, global_grad_norm
+from torchtitan.distributed.grad_norm import clip_factor, global_grad_norm
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import logger
@@ -31,7 +31,12 @@ from torchtitan.observability.clock import StartClock
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.optim.nonfinite import NonFiniteGuard
-from torchtitan.optim.optimizer import build_optimizer, set_learning_rate, state_by_name
+from torchtitan.optim.optimizer import (
+    build_optimizer,
+    set_learning_rate,
+    state_by_name,
+    take_step,
+)
 from torchtitan.optim.schedule import learning_rate
 from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
@@ -167,10 +172,8 @@ class Trainer:
         lr = self._learning_rate()
         may_step = self.nonfinite.may_step(self.step, loss_value, norm_value)
         if may_step:
-            max_norm = self.config.training.max_norm
-            clip_gradients(self.model.parameters(), max_norm, norm)
             set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
+            take_step(self.optimizer, clip_factor(norm, self.config.training.max_norm))
             self.model.weights_changed()
         self.optimizer.zero_grad()
         self.expert_load.finish_step(may_step)

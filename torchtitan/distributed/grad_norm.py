@@ -7,9 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_
-
-from torchtitan.distributed.mesh import by_mesh
 
 
 def global_grad_norm(
@@ -36,12 +33,9 @@ def global_grad_norm(
     return totals[0].sqrt(), totals[1]
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], max_norm: float, norm: torch.Tensor
-) -> None:
-    """Scale all gradients by max_norm / norm where the norm (a scalar tensor) exceeds max_norm."""
-    for part in by_mesh(parameters, key=lambda parameter: parameter):
-        clip_grads_with_norm_(part, max_norm, norm)
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm (a scalar tensor) are multiplied by, so that it does not exceed max_norm."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _norm(grad: torch.Tensor) -> torch.Tensor:

@@ -7,12 +7,15 @@ from torch import nn
 from torch.optim import Adam, AdamW
 
 from torchtitan.config.schema import Optimizer as OptimizerConfig
+from torchtitan.distributed.mesh import by_mesh
+from torchtitan.optim.fused_adam import FusedAdam, FusedAdamW, takes
 from torchtitan.optim.groups import parameter_groups
 from torchtitan.optim.low_precision import LowPrecisionAdamW
 from torchtitan.optim.muon import Muon
 from torchtitan.optim.state import StateByName
 
 TORCHS = {"Adam": Adam, "AdamW": AdamW}
+OURS = {"Adam": FusedAdam, "AdamW": FusedAdamW}
 
 
 class Optimizers:
@@ -76,7 +79,9 @@ def _build(
         )
     # Both False is the for-loop; None would let torch choose.
     kernels = {kind: config.implementation == kind for kind in ("fused", "foreach")}
-    optimizer = TORCHS[name](groups, **adams, **kernels)
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
+    classes = OURS if kernels["fused"] and takes(parameters) else TORCHS
+    optimizer = classes[name](groups, **adams, **kernels)
     materialize_state(optimizer)
     return optimizer
 
@@ -101,6 +106,27 @@ def materialize_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
+def take_step(optimizer: AnyOptimizer, factor: torch.Tensor) -> None:
+    """Step with gradients times `factor`, a scalar tensor; what they are afterwards is undefined."""
+    for part in _parts(optimizer):
+        if isinstance(part, FusedAdamW):
+            part.gradient_factor = factor.float()
+        else:
+            _scale_gradients(part, factor)
+        part.step()
+
+
+def _scale_gradients(optimizer: torch.optim.Optimizer, factor: torch.Tensor) -> None:
+    parameters = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in parameters if param.grad is not None]
+    for some in by_mesh(grads, key=lambda grad: grad):
+        torch._foreach_mul_(some, factor.to(some[0].device))
+
+
+def _parts(optimizer: AnyOptimizer) -> Sequence[torch.optim.Optimizer]:
+    return optimizer.parts if isinstance(optimizer, Optimizers) else [optimizer]
+
+
 def set_learning_rate(optimizer: AnyOptimizer, lr: float) -> None:
     """Use `lr` from the next step on, in every group times its own scale."""
     for group in optimizer.param_groups:
@@ -114,13 +140,12 @@ def state_by_name(optimizer: AnyOptimizer) -> StateByName:
 
 def describe_optimizer(optimizer: AnyOptimizer) -> str:
     """The groups in a line for the start of a run."""
-    parts = optimizer.parts if isinstance(optimizer, Optimizers) else [optimizer]
-    return "; ".join(f"{_title(part)}: {_groups(part)}" for part in parts)
+    return "; ".join(f"{_title(part)}: {_groups(part)}" for part in _parts(optimizer))
 
 
 def _title(optimizer: torch.optim.Optimizer) -> str:
     if not isinstance(optimizer, LowPrecisionAdamW):
-        return type(optimizer).__name__
+        return type(optimizer).__name__.removeprefix("Fused")
     title = "AdamW8bit" if optimizer.eight_bit else "AdamW"
     return f"{title} with stochastic rounding" if optimizer.stochastic else title
 
