@@ -18,8 +18,7 @@ from torchtitan.ops.rows import sum_rows, take_rows
 class Decisions:
     """What one forward decided about routing, for its recomputation to repeat."""
 
-    def __init__(self, keep_rows: bool):
-        self.keep_rows = keep_rows
+    def __init__(self):
         self.results: list[tuple[torch.Tensor, ...]] = []
         self.repeated: Iterator[tuple[torch.Tensor, ...]] | None = None
 
@@ -27,13 +26,12 @@ class Decisions:
 _DECISIONS: ContextVar[Decisions | None] = ContextVar("decisions", default=None)
 
 
-def decide_once(keep_rows: bool = False) -> tuple[AbstractContextManager, AbstractContextManager]:
+def decide_once() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The contexts of a checkpointed forward and of its recomputations (`checkpoint`'s context_fn).
 
-    In the second, router logits, row counts and load are not computed again but repeated; with
-    `keep_rows` so are received rows, which take more memory and save an exchange.
+    In the second, router logits, row counts and load are not computed again but repeated.
     """
-    decisions = Decisions(keep_rows)
+    decisions = Decisions()
     return _Deciding(decisions, repeat=False), _Deciding(decisions, repeat=True)
 
 
@@ -51,27 +49,22 @@ class _Deciding(AbstractContextManager):
         _DECISIONS.reset(self.token)
 
 
-def once(
-    compute: Callable[[], tuple[torch.Tensor, ...]], rows: bool = False
-) -> tuple[torch.Tensor, ...]:
-    """compute(), or in a recomputation what it returned before. For use inside of operators.
-
-    `rows` says that these are received rows.
-    """
+def once(compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """compute(), or in a recomputation what it returned before. For use inside of operators."""
     decisions = _DECISIONS.get()
-    if decisions is None or (rows and not decisions.keep_rows):
+    if decisions is None:
         return compute()
-    if repeats(rows):
+    if repeats():
         return tuple(tensor.detach() for tensor in next(decisions.repeated))
     results = compute()
     decisions.results.append(tuple(tensor.detach() for tensor in results))
     return results
 
 
-def repeats(rows: bool = False) -> bool:
+def repeats() -> bool:
     """Whether `once` would repeat now what it returned before."""
     decisions = _DECISIONS.get()
-    return bool(decisions and decisions.repeated and (decisions.keep_rows or not rows))
+    return bool(decisions and decisions.repeated)
 
 
 @torch.library.custom_op("torchtitan::keep", mutates_args=())

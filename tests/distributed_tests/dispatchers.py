@@ -13,9 +13,6 @@ ROUTINGS = ("uniform", "one expert", "one rank")
 RECOMPUTING = {
     "nothing": lambda function, *args: function(*args),
     "all": partial(checkpoint, use_reentrant=False, context_fn=decide_once),
-    "all but rows": partial(
-        checkpoint, use_reentrant=False, context_fn=partial(decide_once, keep_rows=True)
-    ),
 }
 
 

@@ -54,21 +54,18 @@ def checkpoint_by_op(
 ) -> None:
     """With mode selective, option "op": keep what is slow to recompute. Before compilation.
 
-    In the blocks of `exchanging` (names of MoE layers that send rows to other ranks) attention and
-    the routed part are checkpointed by themselves: a policy by operation must see the same
-    operations again, and experts' FSDP hooks do others in a recomputation.
+    In the blocks of `exchanging` (names of MoE layers that send rows to other ranks) attention alone is
+    checkpointed: a policy by operation must see the same operations again, and experts' FSDP hooks do
+    others in a recomputation. What experts received and computed is kept anyway.
     """
     if config.mode != "selective" or config.selective_ac_option != "op":
         return
     options = _options(config)
     shapes = _recomputed_shapes(model.layers, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
     by_op = options | {"context_fn": functools.partial(_save_by_op, shapes)}
-    keep_rows = options | {"context_fn": functools.partial(decide_once, keep_rows=True)}
     for name, block in model.layers.items():
-        layers = [layer for layer in exchanging if layer.startswith(f"layers.{name}.")]
-        _checkpoint(block.attention if layers else block, "forward", by_op)
-        for layer in layers:
-            _checkpoint(model.get_submodule(layer), "routed", keep_rows)
+        exchanges = any(layer.startswith(f"layers.{name}.") for layer in exchanging)
+        _checkpoint(block.attention if exchanges else block, by_op)
 
 
 def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:
@@ -80,7 +77,7 @@ def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> No
         every = int(config.selective_ac_option)
     options = _options(config) | {"context_fn": decide_once}
     for block in list(blocks.values())[::every] if every else ():
-        _checkpoint(block, "forward", options)
+        _checkpoint(block, options)
 
 
 def set_memory_budget(config: ActivationCheckpoint) -> None:
@@ -105,10 +102,10 @@ def _options(config: ActivationCheckpoint) -> dict[str, Any]:
     }
 
 
-def _checkpoint(module: nn.Module, method: str, options: dict[str, Any]) -> None:
+def _checkpoint(module: nn.Module, options: dict[str, Any]) -> None:
     module.checkpoint_options = options
-    module.unchecked = getattr(module, method)
-    setattr(module, method, types.MethodType(_checkpointed, module))
+    module.unchecked = module.forward
+    module.forward = types.MethodType(_checkpointed, module)
 
 
 def _checkpointed(self: nn.Module, *args):

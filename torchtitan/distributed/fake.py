@@ -92,8 +92,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 def _is_repeated(operator: str) -> bool:
     """Whether a recomputation has the result already, and asks nobody."""
-    rows = {"torchtitan::exchange_counts": False, "torchtitan::exchange_rows": True}
-    return operator in rows and repeats(rows[operator])
+    return operator == "torchtitan::exchange_counts" and repeats()
 
 
 def _ranks(arguments: tuple[Any, ...]) -> Ranks:

@@ -131,11 +131,7 @@ class DeepEPTokenDispatcher:
             return of_came, order.tokens, order.slots, order.rows, on_device, *handle
 
         of_came, by_row, slots, rows, counts, *handle = once(send)
-
-        def again() -> tuple[torch.Tensor, ...]:
-            return (tokens[0] if tokens else self.buffer.dispatch(x, handle=tuple(handle))[0],)
-
-        (came,) = once(again, rows=True)
+        came = tokens[0] if tokens else self.buffer.dispatch(x, handle=tuple(handle))[0]
         return Arrival(came, of_came, RowOrder(by_row, slots, rows), counts, tuple(handle))
 
 
@@ -172,8 +168,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sums, handle, buffer):
         ctx.handle, ctx.buffer = handle, buffer
-        (out,) = once(lambda: (buffer.combine(sums, handle)[0],), rows=True)
-        return out
+        return buffer.combine(sums, handle)[0]
 
     @staticmethod
     def backward(ctx, grad):

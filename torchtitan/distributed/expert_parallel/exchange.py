@@ -49,13 +49,8 @@ def exchange_rows(
     rows: torch.Tensor, num_sent: list[int], num_received: list[int], group: str
 ) -> torch.Tensor:
     """rows (N, D), the first num_sent[0] of them for rank 0 and so on, to (R, D) by sending rank."""
-
-    def exchange() -> tuple[torch.Tensor]:
-        received = rows.new_empty(sum(num_received), rows.shape[1])
-        dist.all_to_all_single(received, rows, num_received, num_sent, group=group_named(group))
-        return (received,)
-
-    (received,) = once(exchange, rows=True)
+    received = rows.new_empty(sum(num_received), rows.shape[1])
+    dist.all_to_all_single(received, rows, num_received, num_sent, group=group_named(group))
     return received
 
 

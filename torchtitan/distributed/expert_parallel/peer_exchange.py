@@ -194,7 +194,7 @@ class _ToTokens(torch.autograd.Function):
     def forward(ctx, rows, targets, num_tokens, exchange):
         ctx.exchange = exchange
         ctx.save_for_backward(targets)
-        (sums,) = once(lambda: exchange.to_tokens(rows, None, targets, num_tokens), rows=True)
+        (sums,) = exchange.to_tokens(rows, None, targets, num_tokens)
         return sums
 
     @staticmethod
