@@ -25,7 +25,7 @@ COMMUNICATION = "communication"
 KINDS = (
     (COMMUNICATION, r"nccl|^gloo:|^c10d::|multimem|(one|two)_shot|Memcpy PtoP|^_pu(ll|sh)$|barrier_kernel", None),
     ("attention", r"flash|fmha|sdpa|attention", r"_dot_product_|_attention_|flex_attention"),
-    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm)", r"^aten::_(scaled_)?grouped_mm"),
+    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm|up|rows|weights)", r"^aten::_(scaled_)?grouped_mm"),
     ("FSDP copies and casts", r"fused__to_copy(_t|_view|_transpose)*_\d+$", r"^FSDP::"),
     ("clip and optimizer", r"multi_tensor_apply|^aten::_(foreach|fused)", r"^Optimizer\.step"),
     ("loss", r"log_softmax|nll_loss|cross_entropy|logsumexp", r"nll_loss|cross_entropy|log_softmax"),

@@ -77,7 +77,7 @@ def layers_in_a_row(
         for _ in range(num_layers):
             rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
             if experts is not None:
-                rows = experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
+                rows = experts(rows, counts, metadata.routed_scores)
             out = dispatcher.combine(rows, metadata, x)
             gradient, *_ = torch.autograd.grad(out, leaves, upstream)
         return gradient

@@ -5,8 +5,10 @@
     python scripts/benchmarks/moe_layer.py --shapes small --tokens 512  # a rehearsal on a CPU
 
 T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
-forward and backward, 18 * T * K * D * F operations. "products" is these grouped GEMMs alone,
-"dense" the same work as dense products: ceilings of this machine, measured in the same run. The plain
+forward and backward, 18 * T * K * D * F operations, in a row: eight steps between two events, where a
+step's launches hide behind the step before, as in training; alone, one. "products" is these grouped GEMMs
+alone, "dense" the same work as dense products: ceilings of this machine, measured in the same run.
+"unfused" gathers and gates between products, also where a GPU has kernels that do so inside. The plain
 version has separate gate and up products and a scatter-add combine. Variants take turns. With
 --recipes there are also layers whose experts multiply in few bits (on a CPU emulated, to rehearse), and
 each recipe's "products", of numbers that are float8 already (with gw_hp four of the six).
@@ -32,6 +34,9 @@ SHAPES = {
     "ds16b": {"dim": 2048, "ffn_dim": 1408, "num_experts": 64, "top_k": 6},  # deepseek_v3 16B
     "small": {"dim": 64, "ffn_dim": 32, "num_experts": 8, "top_k": 2},
 }
+
+
+IN_A_ROW = 8
 
 
 class PlainMoE(nn.Module):
@@ -124,6 +129,14 @@ def step_of(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callab
     return lambda: torch.autograd.grad(layer(x), leaves, upstream)
 
 
+def in_a_row(work: Callable[[], object]) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(IN_A_ROW):
+            work()
+
+    return several
+
+
 def peak_gib(work: Callable[[], object], device: str) -> float | None:
     """Most memory allocated at a time beyond what was there before, weights and input."""
     if device == "cpu":
@@ -161,7 +174,9 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     ).bfloat16()
     x = x.clone().requires_grad_()
     plain = PlainMoE(moe, config)
-    layers = {"ours": moe, "plain": plain}
+    unfused = copy.deepcopy(moe)
+    unfused.experts.backend = "unfused"
+    layers = {"ours": moe, "ours unfused": unfused, "plain": plain}
     if not args.no_compile:
         layers |= {"ours compiled": torch.compile(moe), "plain compiled": torch.compile(plain)}
     for recipe in args.recipes:
@@ -178,17 +193,18 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     for recipe in args.recipes if args.device == "cuda" else ():
         made = quantized_kernels.RECIPES[recipe]
         works[f"{recipe} products"] = float8_products_alone(moe, config, num_rows, made)
-    times = take_turns(
-        works, args.device, warm_up=args.warm_up, rounds=args.rounds, repeats=args.repeats
-    )
+    options = {"rounds": args.rounds, "repeats": args.repeats}
+    times = take_turns(works, args.device, warm_up=args.warm_up, **options)
+    several = {variant: in_a_row(work) for variant, work in works.items()}
+    times_in_a_row = take_turns(several, args.device, warm_up=0, **options)
     expected = plain(x).detach().double()
     operations = 18 * num_rows * shape["dim"] * config.ffn_dim
     results = []
     for variant, work in works.items():
         layer = layers.get(variant)
-        ms = Spread.of(times[variant])
+        alone, ms = Spread.of(times[variant]), Spread.of(times_in_a_row[variant]).scaled(1 / IN_A_ROW)
         result = {"shape": name, "routing": routing, "variant": variant, "tokens": args.tokens}
-        result |= {"ms": ms, "tflops": operations / ms.median / 1e9}
+        result |= {"ms": ms, "ms_alone": alone, "tflops": operations / ms.median / 1e9}
         if layer is not None:
             error = (layer(x).detach().double() - expected).norm() / expected.norm()
             result |= {"peak_gib": peak_gib(work, args.device), "saved_mib": saved_mib(layer, x)}
@@ -200,11 +216,12 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
 def print_results(results: list[dict]) -> None:
     rows = []
     for r in results:
-        cells = [r["shape"], r["routing"], r["variant"], format(r["ms"], ".2f"), f"{r['tflops']:.4g}"]
+        cells = [r["shape"], r["routing"], r["variant"]]
+        cells += [format(r["ms"], ".2f"), f"{r['tflops']:.4g}", format(r["ms_alone"].median, ".2f")]
         for key, form in {"peak_gib": ".2f", "saved_mib": ".1f", "difference": ".1e"}.items():
             cells.append(format(r[key], form) if r.get(key) is not None else None)
         rows.append(cells)
-    headings = ("shape", "routing", "layer", "ms", "TFLOP/s", "peak GiB", "saved MiB", "vs plain")
+    headings = ("shape", "routing", "layer", "ms", "TFLOP/s", "ms alone", "peak GiB", "saved MiB", "vs plain")
     print(table(headings, rows))
 
 

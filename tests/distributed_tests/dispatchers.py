@@ -49,7 +49,7 @@ def results(dispatcher, experts, tensors, recomputing="nothing", layers=1):
     def layer(x, scores):
         rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
         assert counts.dtype == torch.int64 and len(counts) == len(experts.w13)
-        y = experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
+        y = experts(rows, counts, metadata.routed_scores)
         return dispatcher.combine(y, metadata, x)
 
     hidden = x

@@ -7,17 +7,23 @@ be below R: what `rows` gives for the rows after them is undefined, and `weights
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from torchtitan.logging import logger
 from torchtitan.ops.row_products import grouped_product, groups, one_thread
+from torchtitan.ops.rows import take_rows
 from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
 
 _VECTORS = 32
 """Rows that the reference gates at a time: with any width whole pairs of vectors, also AVX-512's.
 What is left beyond these, PyTorch computes by itself, and rounds otherwise."""
+
+
+_FUSED_BYTES = 24 * 2**20
+"""Of an expert's gate and up weights: half of an H100's L2, beside the rows that pass by."""
 
 
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -26,14 +32,36 @@ def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return x.masked_fill_(after.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
+class Gathered(NamedTuple):
+    """R rows that may not have been written yet: x[index]."""
+
+    x: torch.Tensor
+    """(T, K)"""
+    index: torch.Tensor
+    """(R,) int64; -1 is a row of zeros."""
+
+
+def gather(rows: Gathered | torch.Tensor) -> torch.Tensor:
+    """(R, K)"""
+    return take_rows(*rows) if isinstance(rows, Gathered) else rows
+
+
 @dataclass(frozen=True)
 class Kernels:
     """One implementation of all that experts are made of."""
 
-    rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    rows: Callable[[Gathered | torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(a (R, K), b (G, K, N), counts) -> (R, N): each row times its group's matrix."""
-    weights: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    weights: Callable[..., torch.Tensor]
     """(a (R, K), b (R, N), counts) -> (G, K, N): a^T b over each group's rows; 0 without rows."""
+    operand: Callable[[Gathered | torch.Tensor], Gathered | torch.Tensor] = gather
+    """What `rows` as their first and `weights` as one of their operands take of such rows."""
+    up: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(a (R, D), w13 (e, 2, F, D), counts, scores, gating) -> z (R, 2F) and its `swiglu` (R, F), where
+    one kernel computes both; no biases."""
+    down_backward: Callable[..., tuple] | None = None
+    """(d_y (R, D), w2 (e, D, F), counts, z, scores, gating) -> what `swiglu_backward` gives for the
+    gradient d_y w2, where one kernel computes both."""
     swiglu: Callable = swiglu
     swiglu_backward: Callable = swiglu_backward
     clear_after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = clear_after
@@ -42,21 +70,34 @@ class Kernels:
     """Where `rows` or `weights` quantize: those that do not."""
 
 
-def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int) -> Kernels:
-    """The kernels for `backend`, "auto" or "reference", and matrices of these widths.
+def choose(
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    hidden: int,
+    dim: int,
+    fusible: bool = False,
+) -> Kernels:
+    """The kernels for `backend`, "auto", "unfused" or "reference", and experts of these widths.
 
     "auto" is the grouped GEMM where this device has one for `dtype` and rows are multiples of 16
-    bytes, else a loop over groups, which waits for the counts to arrive on the host.
+    bytes, else a loop over groups, which waits for the counts to arrive on the host. `fusible` says
+    that gathers (of rows that all exist) and gating may happen inside of products, "unfused" that
+    they are not to.
     """
     if backend == "reference":
         in_triton = device.type == "cuda" and dtype != torch.float64  # which computes in fp32
         return _on_gpu(REFERENCE_ON_GPU) if in_triton else REFERENCE
-    assert backend == "auto", f"unknown backend {backend!r}"
-    if all(width * dtype.itemsize % 16 == 0 for width in widths) and _has_grouped_mm(dtype, device):
-        return _on_gpu(GROUPED_MM) if device.type == "cuda" else GROUPED_MM
-    if device.type == "cuda":
-        _warn_of_loop(dtype, widths)
-    return LOOP
+    assert backend in ("auto", "unfused"), f"unknown backend {backend!r}"
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in (hidden, dim))
+    if not aligned or not _has_grouped_mm(dtype, device):
+        if device.type == "cuda":
+            _warn_of_loop(dtype, (hidden, dim))
+        return LOOP
+    if device.type == "cpu":
+        return GROUPED_MM
+    fused = fusible and backend == "auto" and _fuses(dtype, device, hidden, dim)
+    return _fused() if fused else _on_gpu(GROUPED_MM)
 
 
 @cache
@@ -70,6 +111,41 @@ def _on_gpu(products: Kernels) -> Kernels:
         swiglu_backward=triton_kernels.swiglu_backward,
         clear_after=triton_kernels.clear_after,
     )
+
+
+@cache
+def _fused() -> Kernels:
+    from torchtitan.ops import triton_products as products
+
+    def weights(a, b, counts):
+        if isinstance(a, Gathered):
+            return products.weights(*a, b, counts)
+        if isinstance(b, Gathered):
+            return products.weights(*b, a, counts, transposed=True)
+        return _grouped_mm_weights(a, b, counts)
+
+    def up(a, *others):
+        return products.up(*(a if isinstance(a, Gathered) else (a, None)), *others)
+
+    def down_backward(d_y, *others):
+        return products.down_backward(*(d_y if isinstance(d_y, Gathered) else (d_y, None)), *others)
+
+    return replace(
+        _on_gpu(GROUPED_MM),
+        rows=products.rows,
+        weights=weights,
+        operand=lambda rows: rows,
+        up=up,
+        down_backward=down_backward,
+    )
+
+
+@cache
+def _fuses(dtype: torch.dtype, device: torch.device, hidden: int, dim: int) -> bool:
+    """Where the fused products win: on Hopper, while an expert's weights stay in L2."""
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    tiles = hidden % 128 == dim % 128 == 0
+    return hopper and tiles and 2 * hidden * dim * dtype.itemsize <= _FUSED_BYTES
 
 
 @cache
@@ -167,5 +243,10 @@ def _reference_swiglu_backward(
 
 GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)
 LOOP = Kernels(_loop, _loop_weights)
-REFERENCE = Kernels(grouped_product, _reference_weights, _reference_swiglu, _reference_swiglu_backward)
+REFERENCE = Kernels(
+    grouped_product,
+    _reference_weights,
+    swiglu=_reference_swiglu,
+    swiglu_backward=_reference_swiglu_backward,
+)
 REFERENCE_ON_GPU = Kernels(grouped_product, _loop_weights)

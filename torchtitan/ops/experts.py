@@ -1,8 +1,8 @@
 """Many feed-forward layers at once, as one operator: each row goes through its own expert's SwiGLU.
 
-R rows sorted by expert, D model, F expert width, e experts. One operator, because PyTorch's grouped
-GEMM has kernels for few dtypes under fake tensors and compile; and so that backward keeps only what
-it needs: the rows (or where they were gathered from), the pre-activation z (R, 2F) and scores.
+R rows sorted by expert, or T tokens with K rows each, D model, F expert width, e experts. One operator,
+because PyTorch's grouped GEMM has kernels for few dtypes under fake tensors and compile; and so that
+backward keeps only what it needs: its input, the pre-activation z (R, 2F), scores and indices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchtitan.ops.expert_kernels import Kernels
+from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
-from torchtitan.ops.rows import take_rows
+from torchtitan.ops.rows import sum_rows
 from torchtitan.ops.swiglu import Gating
 
 
@@ -33,91 +33,93 @@ class Weights(NamedTuple):
 
 @torch.library.custom_op("torchtitan::grouped_experts", mutates_args=())
 def grouped_experts(
-    rows: Tensor,
+    x: Tensor,
     w13: Tensor,
     w2: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
-    source: Tensor | None,
     tokens: Tensor | None,
+    rows: Tensor | None,
     gating: Sequence[float],
     backend: str,
     max_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """y = scores * (gated(z) w2^T + b2) (R, D), and z = rows w13^T + b13 (R, 2F).
+    """y = scores * (gated(z) w2^T + b2) (R, D), and z = x w13^T + b13 (R, 2F).
 
-    rows (R, D); weights as in `Weights`; counts (e,) int64, whose sum may be below R: after it, y
-    is 0 and z undefined. scores (R,) fp32 or None for 1. rows = source[tokens] where those are
-    given, and backward keeps them in place of rows. `gating` has the fields of `Gating`. At most
-    max_rows > 0 rows of intermediates exist at a time; z is then empty, computed again in backward.
+    x (R, D); weights as in `Weights`; counts (e,) int64, whose sum may be below R: after it, y
+    is 0 and z undefined. scores (R,) fp32 or None for 1. With tokens (R,) and rows (T, K), both int64,
+    x has T rows, which the experts get as x[tokens], and so has the result: each sum over k of
+    y[rows[t, k]]. `gating` has the fields of `Gating`. At most max_rows > 0 rows of intermediates
+    exist at a time; z is then empty, computed again in backward.
     """
     weights = Weights(w13, w2, b13, b2)
-    kernels = _kernels(backend, w13)
-    if not max_rows:
-        return _forward(kernels, rows, weights, counts, scores, Gating(*gating))
-    y = rows.new_empty(len(rows), w2.shape[1])
-    for part, inside in _parts(len(rows), counts, max_rows):
-        scores_in = None if scores is None else scores[part]
-        y[part], _ = _forward(kernels, rows[part], weights, inside, scores_in, Gating(*gating))
-    return y, _no_rows(rows, w13)
+    kernels = _kernels(backend, weights, max_rows)
+    given = _rows(x, tokens)
+    if max_rows:
+        num_rows = len(x if tokens is None else tokens)
+        y, z = x.new_empty(num_rows, w2.shape[1]), _no_rows(x, w13)
+        for part, inside in _parts(num_rows, counts, max_rows):
+            scores_in, rows_in = None if scores is None else scores[part], _part_of(given, part)
+            y[part], _ = _forward(kernels, rows_in, weights, inside, scores_in, Gating(*gating))
+    else:
+        y, z = _forward(kernels, given, weights, counts, scores, Gating(*gating))
+    return y if rows is None else sum_rows(y, rows), z
 
 
 @torch.library.custom_op("torchtitan::grouped_experts_backward", mutates_args=())
 def grouped_experts_backward(
     d_y: Tensor,
     z: Tensor,
-    rows: Tensor,
-    tokens: Tensor | None,
+    x: Tensor,
     w13: Tensor,
     w2: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
+    tokens: Tensor | None,
+    rows: Tensor | None,
     gating: Sequence[float],
     backend: str,
     max_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows, w13, w2, b13, b2 and scores; empty where there is no such input.
-
-    With `tokens` given, `rows` is the tensor that they index.
-    """
+    """Gradients of x, w13, w2, b13, b2 and scores; empty where there is no such input."""
     weights = Weights(w13, w2, b13, b2)
-    kernels = _kernels(backend, w13)
-    if not max_rows:
-        return _backward(kernels, d_y, z, rows, tokens, weights, counts, scores, Gating(*gating))
-    d_rows, d_scores = d_y.new_empty(len(d_y), w13.shape[3]), _empty_like(scores, d_y)
-    # Many parts may hold rows of one expert: their sum is rounded once.
-    sums = [_empty_like(weight, d_y, _wide(d_y)).zero_() for weight in weights]
-    for part, inside in _parts(len(d_y), counts, max_rows):
-        rows_in = rows[part] if tokens is None else take_rows(rows, tokens[part])
-        scores_in = None if scores is None else scores[part]
-        z_in = _preactivation(kernels, rows_in, weights, inside)
-        of_part = _backward(
-            kernels, d_y[part], z_in, rows_in, None, weights, inside, scores_in, Gating(*gating)
+    kernels = _kernels(backend, weights, max_rows)
+    given, d_given = _rows(x, tokens), _rows(d_y, tokens)
+    if max_rows:
+        d_rows, *others = _backward_in_parts(
+            kernels, d_given, given, weights, counts, scores, Gating(*gating), max_rows
         )
-        d_rows[part], *of_weights, d_scores[part] = of_part
-        for total, term in zip(sums, of_weights, strict=True):
-            total += term
-    return d_rows, *(total.to(w13.dtype) for total in sums), d_scores
+    else:
+        d_rows, *others = _backward(
+            kernels, d_given, z, given, weights, counts, scores, Gating(*gating)
+        )
+    return d_rows if rows is None else sum_rows(d_rows, rows), *others
 
 
 def _forward(
     kernels: Kernels,
-    rows: Tensor,
+    rows: Gathered | Tensor,
     weights: Weights,
     counts: Tensor,
     scores: Tensor | None,
     gating: Gating,
 ) -> tuple[Tensor, Tensor]:
-    if not len(rows):
-        return rows.new_empty(0, weights.w2.shape[1]), _no_rows(rows, weights.w13)
-    z = _preactivation(kernels, rows, weights, counts)
-    y = kernels.rows(kernels.swiglu(z, scores, gating, counts.sum()), weights.w2.mT, counts)
-    if weights.b2 is not None:
-        bias = _per_row(weights.b2, counts, len(rows))
+    w13, w2, _, b2 = weights
+    if not _height(rows):
+        return w2.new_empty(0, w2.shape[1]), _no_rows(w2, w13)
+    rows = kernels.operand(rows)
+    if kernels.up is not None:
+        z, act = kernels.up(rows, w13, counts, scores, gating)
+    else:
+        z = _preactivation(kernels, rows, weights, counts)
+        act = kernels.swiglu(z, scores, gating, counts.sum())
+    y = kernels.rows(act, w2.mT, counts)
+    if b2 is not None:
+        bias = _per_row(b2, counts, len(y))
         y += bias if scores is None else (bias * scores.unsqueeze(1)).to(bias.dtype)
     return kernels.clear_after(y, counts), z
 
@@ -129,10 +131,9 @@ def _preactivation(kernels: Kernels, rows: Tensor, weights: Weights, counts: Ten
 
 def _backward(
     kernels: Kernels,
-    d_y: Tensor,
+    d_y: Gathered | Tensor,
     z: Tensor,
-    rows: Tensor,
-    tokens: Tensor | None,
+    rows: Gathered | Tensor,
     weights: Weights,
     counts: Tensor,
     scores: Tensor | None,
@@ -140,31 +141,68 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of rows, w13, w2, b13, b2 and scores. No tensor of R rows lives longer than used."""
     w13, w2, b13, b2 = weights
-    if not len(d_y):
-        of_weights = (_empty_like(weight, d_y).zero_() for weight in weights)
-        return d_y.new_empty(0, w13.shape[3]), *of_weights, _empty_like(scores, d_y)
-    act, d_z, d_scores = kernels.swiglu_backward(
-        kernels.rows(d_y, w2, counts), z, scores, gating, counts.sum()
-    )
+    if not len(z):
+        of_weights = (_empty_like(weight, z).zero_() for weight in weights)
+        return z.new_empty(0, w13.shape[3]), *of_weights, _empty_like(scores, z)
+    d_y = kernels.operand(d_y)
+    if kernels.down_backward is not None:
+        act, d_z, d_scores = kernels.down_backward(d_y, w2, counts, z, scores, gating)
+    else:
+        d_act = kernels.rows(d_y, w2, counts)
+        act, d_z, d_scores = kernels.swiglu_backward(d_act, z, scores, gating, counts.sum())
+        del d_act
     d_w2 = kernels.weights(d_y, act, counts)
-    del act
-    d_w13 = kernels.weights(d_z, _gather(rows, tokens), counts).view_as(w13)
-    d_rows = kernels.clear_after(kernels.rows(d_z, w13.flatten(1, 2), counts), counts)
-    d_b13, d_b2 = _empty_like(None, d_y), _empty_like(None, d_y)
-    if b13 is not None:
-        d_b13 = _sum_groups(kernels, d_z, None, counts).view_as(b13)
-    if b2 is not None:
-        d_b2 = _sum_groups(kernels, d_y, scores, counts)
-    if scores is None:
-        return d_rows, d_w13, d_w2, d_b13, d_b2, _empty_like(None, d_y)
-    if b2 is not None:
+    d_b2 = _empty_like(None, z) if b2 is None else _sum_groups(kernels, d_y, scores, counts)
+    if scores is not None and b2 is not None:
         wide = d_y.to(_wide(d_y))
         d_scores += (wide * _per_row(b2, counts, len(d_y))).sum(1).to(scores.dtype)
-    return d_rows, d_w13, d_w2, d_b13, d_b2, kernels.clear_after(d_scores, counts)
+    del act, d_y
+    d_w13 = kernels.weights(d_z, kernels.operand(rows), counts).view_as(w13)
+    d_rows = kernels.clear_after(kernels.rows(d_z, w13.flatten(1, 2), counts), counts)
+    d_b13 = _empty_like(None, z)
+    if b13 is not None:
+        d_b13 = _sum_groups(kernels, d_z, None, counts).view_as(b13)
+    d_scores = _empty_like(None, z) if scores is None else kernels.clear_after(d_scores, counts)
+    return d_rows, d_w13, d_w2, d_b13, d_b2, d_scores
 
 
-def _gather(rows: Tensor, tokens: Tensor | None) -> Tensor:
-    return rows if tokens is None else take_rows(rows, tokens)
+def _backward_in_parts(
+    kernels: Kernels,
+    d_y: Gathered | Tensor,
+    rows: Gathered | Tensor,
+    weights: Weights,
+    counts: Tensor,
+    scores: Tensor | None,
+    gating: Gating,
+    max_rows: int,
+) -> tuple[Tensor, ...]:
+    """As `_backward`, with at most max_rows rows of intermediates; z is computed again."""
+    num_rows, w13 = _height(rows), weights.w13
+    d_rows, d_scores = w13.new_empty(num_rows, w13.shape[3]), _empty_like(scores, w13)
+    # Many parts may hold rows of one expert: their sum is rounded once.
+    sums = [_empty_like(weight, w13, _wide(w13)).zero_() for weight in weights]
+    for part, inside in _parts(num_rows, counts, max_rows):
+        rows_in, d_y_in = gather(_part_of(rows, part)), _part_of(d_y, part)
+        scores_in = None if scores is None else scores[part]
+        z_in = _preactivation(kernels, rows_in, weights, inside)
+        d_rows[part], *of_weights, d_scores[part] = _backward(
+            kernels, d_y_in, z_in, rows_in, weights, inside, scores_in, gating
+        )
+        for total, term in zip(sums, of_weights, strict=True):
+            total += term
+    return d_rows, *(total.to(w13.dtype) for total in sums), d_scores
+
+
+def _rows(x: Tensor, tokens: Tensor | None) -> Gathered | Tensor:
+    return x if tokens is None else Gathered(x, tokens)
+
+
+def _part_of(rows: Gathered | Tensor, part: slice) -> Gathered | Tensor:
+    return rows._replace(index=rows.index[part]) if isinstance(rows, Gathered) else rows[part]
+
+
+def _height(rows: Gathered | Tensor) -> int:
+    return len(rows.index if isinstance(rows, Gathered) else rows)
 
 
 def _per_row(bias: Tensor, counts: Tensor, num_rows: int) -> Tensor:
@@ -208,52 +246,57 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _kernels(backend: str, w13: Tensor) -> Kernels:
-    return choose(backend, w13.dtype, w13.device, w13.shape[2], w13.shape[3])
+def _kernels(backend: str, weights: Weights, max_rows: int) -> Kernels:
+    w13, _, *biases = weights
+    fusible = not max_rows and biases == [None, None]
+    return choose(backend, w13.dtype, w13.device, *w13.shape[2:], fusible=fusible)
 
 
 @grouped_experts.register_fake
-def _(rows, w13, w2, b13, b2, counts, scores, source, tokens, gating, backend, max_rows):
-    z = _no_rows(rows, w13) if max_rows else rows.new_empty(len(rows), 2 * w13.shape[2])
-    return rows.new_empty(len(rows), w2.shape[1]), z
+def _(x, w13, w2, b13, b2, counts, scores, tokens, rows, gating, backend, max_rows):
+    num_rows = len(x if tokens is None else tokens)
+    z = _no_rows(x, w13) if max_rows else x.new_empty(num_rows, 2 * w13.shape[2])
+    return x.new_empty(len(x), w2.shape[1]), z
 
 
 @grouped_experts_backward.register_fake
-def _(d_y, z, rows, tokens, w13, w2, b13, b2, counts, scores, gating, backend, max_rows):
+def _(d_y, z, x, w13, w2, b13, b2, counts, scores, tokens, rows, gating, backend, max_rows):
     like = (_empty_like(x, d_y) for x in (w13, w2, b13, b2, scores))
     return d_y.new_empty(len(d_y), w13.shape[3]), *like
 
 
 def _save(ctx, inputs, output):
-    rows, *weights, counts, scores, source, tokens, ctx.gating, ctx.backend, ctx.max_rows = inputs
+    *tensors, ctx.gating, ctx.backend, ctx.max_rows = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
-    kept = rows if source is None else source
-    ctx.save_for_backward(z, kept, tokens, *weights, counts, scores)
+    ctx.set_materialize_grads(False)  # z's would be zeros of its size
+    ctx.save_for_backward(z, *tensors)
 
 
 def _gradients(ctx, d_y, _):
-    z, kept, tokens, *weights, counts, scores = ctx.saved_tensors
-    options = ctx.gating, ctx.backend, ctx.max_rows
-    d_rows, *d_weights, d_scores = grouped_experts_backward(
-        d_y.contiguous(), z, kept, tokens, *weights, counts, scores, *options
+    z, *operands = ctx.saved_tensors  # once: checkpointing unpacks them only once
+    d_x, *d_weights, d_scores = grouped_experts_backward(
+        d_y.contiguous(), z, *operands, ctx.gating, ctx.backend, ctx.max_rows
     )
+    _, *weights, _, scores, _, _ = operands
     d_weights = (d if weight is not None else None for d, weight in zip(d_weights, weights))
     d_scores = None if scores is None else d_scores
-    return d_rows, *d_weights, None, d_scores, None, None, None, None, None
+    return d_x, *d_weights, None, d_scores, None, None, None, None, None
 
 
 grouped_experts.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts)
-def _(rows, w13, *args, out_shape=None, **kwargs) -> int:
+def _(x, w13, w2, b13, b2, counts, scores, tokens, *args, out_shape=None, **kwargs) -> int:
     """Multiplications and additions of three products."""
-    return 6 * rows[0] * w13[2] * w13[3]
+    num_rows = (tokens or x)[0]
+    return 6 * num_rows * w13[2] * w13[3]
 
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts_backward)
-def _(d_y, z, rows, tokens, w13, *args, **kwargs) -> int:
+def _(d_y, z, x, w13, w2, b13, b2, counts, scores, tokens, *args, **kwargs) -> int:
     """Two products for each one of forward; and the first one again where z was not kept."""
-    again = 4 * (d_y[0] - z[0])
-    return (12 * d_y[0] + again) * w13[2] * w13[3]
+    num_rows = (tokens or x)[0]
+    again = 4 * (num_rows - z[0])
+    return (12 * num_rows + again) * w13[2] * w13[3]

@@ -48,11 +48,13 @@ def row_alignment(backend: str) -> int:
     return 1 if recipe is None else recipe.alignment
 
 
-def choose(backend: str, dtype: torch.dtype, device: torch.device, *widths: int) -> Kernels:
+def choose(
+    backend: str, dtype: torch.dtype, device: torch.device, *widths: int, fusible: bool = False
+) -> Kernels:
     """The kernels of a backend: those of `expert_kernels.choose`, a recipe, or an emulated one."""
     recipe = recipe_of(backend)
     if recipe is None:
-        return expert_kernels.choose(backend, dtype, device, *widths)
+        return expert_kernels.choose(backend, dtype, device, *widths, fusible=fusible)
     exact = expert_kernels.choose("auto", dtype, device, *widths)
     if backend.startswith(EMULATED):
         return emulated(recipe, exact)

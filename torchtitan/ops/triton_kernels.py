@@ -93,6 +93,17 @@ def grouped_product(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> t
     return out
 
 
+def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """As ops/top_k.py's `top_k`."""
+    num_rows, num_columns = scores.shape
+    out = torch.empty(num_rows, k, dtype=torch.int64, device=scores.device)
+    columns = triton.next_power_of_2(num_columns)
+    rows = max(1, 4096 // columns)  # 32 values a thread
+    if num_rows:
+        _top_k[(triton.cdiv(num_rows, rows),)](scores, out, num_rows, num_columns, k, columns, rows)
+    return out
+
+
 def _block(width: int) -> int:
     return min(_MAX_BLOCK, triton.next_power_of_2(width))
 
@@ -189,6 +200,29 @@ def _clamp(gate, up, limit: tl.constexpr):
 
 
 @triton.jit
+def gated(gate, up, alpha: tl.constexpr, limit: tl.constexpr, up_offset: tl.constexpr):
+    """`Gating` of fp32 gate and up."""
+    gate, up = _clamp(gate, up, limit)
+    return gate * tl.sigmoid(alpha * gate) * (up + up_offset)
+
+
+@triton.jit
+def gated_backward(
+    gradient, gate, up, score, alpha: tl.constexpr, limit: tl.constexpr, up_offset: tl.constexpr
+):
+    """From the fp32 gradient of `gated` times score: that, d_gate, d_up, and d_score by element."""
+    gate_passes, up_passes = gate <= limit, tl.abs(up) <= limit
+    gate, up = _clamp(gate, up, limit)
+    sigmoid, up = tl.sigmoid(alpha * gate), up + up_offset
+    glu = gate * sigmoid
+    d_score = gradient * glu * up
+    gradient = gradient * score
+    d_gate = gradient * up * (sigmoid + alpha * glu * (1 - sigmoid))
+    d_gate, d_up = tl.where(gate_passes, d_gate, 0.0), tl.where(up_passes, gradient * glu, 0.0)
+    return glu * up * score, d_gate, d_up, d_score
+
+
+@triton.jit
 def _swiglu(
     z,
     scores,
@@ -212,8 +246,7 @@ def _swiglu(
         inside = columns < width
         gate = tl.load(z + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
         up = tl.load(z + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
-        gate, up = _clamp(gate, up, limit)
-        act = gate * tl.sigmoid(alpha * gate) * (up + up_offset) * score
+        act = gated(gate, up, alpha, limit, up_offset) * score
         tl.store(out + row * width + columns, act.to(out.dtype.element_ty), inside)
 
 
@@ -246,20 +279,14 @@ def _swiglu_backward(
         gate = tl.load(z + row * 2 * width + columns, inside, other=0.0).to(tl.float32)
         up = tl.load(z + row * 2 * width + width + columns, inside, other=0.0).to(tl.float32)
         gradient = tl.load(d_act + row * width + columns, inside, other=0.0).to(tl.float32)
-        gate_passes, up_passes = gate <= limit, tl.abs(up) <= limit
-        gate, up = _clamp(gate, up, limit)
-        sigmoid, up = tl.sigmoid(alpha * gate), up + up_offset
-        glu = gate * sigmoid
-        d_score += gradient * glu * up
-        weighted_act = (glu * up * score).to(act.dtype.element_ty)
-        tl.store(act + row * width + columns, weighted_act, inside)
-        gradient = gradient * score
-        d_gate = gradient * up * (sigmoid + alpha * glu * (1 - sigmoid))
-        d_gate = tl.where(gate_passes, d_gate, 0.0).to(d_z.dtype.element_ty)
-        d_up = tl.where(up_passes, gradient * glu, 0.0).to(d_z.dtype.element_ty)
+        result, d_gate, d_up, of_score = gated_backward(
+            gradient, gate, up, score, alpha, limit, up_offset
+        )
+        d_score += of_score
+        tl.store(act + row * width + columns, result.to(act.dtype.element_ty), inside)
         at = d_z + row * 2 * width + columns
-        tl.store(at, d_gate, inside)
-        tl.store(at + width, d_up, inside)
+        tl.store(at, d_gate.to(d_z.dtype.element_ty), inside)
+        tl.store(at + width, d_up.to(d_z.dtype.element_ty), inside)
     if weighted:
         tl.store(d_scores + row, tl.sum(d_score))
 
@@ -281,3 +308,23 @@ def _take_rows(
         inside = columns < width
         at = x + source * x_stride + columns * column_stride
         tl.store(out + row * width + columns, tl.load(at, inside & (source >= 0), other=0), inside)
+
+
+@triton.jit
+def _top_k(
+    scores,
+    out,
+    num_rows,
+    num_columns,
+    k: tl.constexpr,
+    columns: tl.constexpr,
+    rows: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    column = tl.arange(0, columns)[None, :]
+    inside = (row < num_rows)[:, None] & (column < num_columns)
+    left = tl.load(scores + row[:, None] * num_columns + column, inside, other=float("-inf"))
+    for i in range(k):
+        best = tl.argmax(left, axis=1)
+        tl.store(out + row * k + i, best.to(tl.int64), row < num_rows)
+        left = tl.where(column == best[:, None], float("-inf"), left)

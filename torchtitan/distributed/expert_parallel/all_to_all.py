@@ -31,8 +31,6 @@ class AllToAllMetadata:
     exchange: Exchange
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
-    gathered_from: None = None
-    """Received rows cannot be gathered again: backward keeps them."""
 
 
 class AllToAllTokenDispatcher:

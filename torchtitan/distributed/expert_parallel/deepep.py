@@ -46,8 +46,6 @@ class DeepEPMetadata:
     handle: Handle
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
-    gathered_from: tuple[torch.Tensor, torch.Tensor] | None
-    """(tokens that came (M, D), index (R,)) that give the rows again; backward keeps these instead."""
 
 
 class DeepEPTokenDispatcher:
@@ -96,10 +94,9 @@ class DeepEPTokenDispatcher:
         rows = routing.spread(tokens, order)
         scores = scores.flatten().index_select(0, order.slots)
         self.peak_received_bytes = max(self.peak_received_bytes, rows.nbytes)
-        source = (tokens, order.tokens)
         if self.score_before_experts:
-            rows, scores, source = routing.weight(rows, scores), None, None
-        metadata = DeepEPMetadata(len(x), own, order, arrival.handle, scores, source)
+            rows, scores = routing.weight(rows, scores), None
+        metadata = DeepEPMetadata(len(x), own, order, arrival.handle, scores)
         return rows, arrival.num_tokens_per_expert, metadata
 
     def combine(

@@ -31,8 +31,6 @@ class SymmetricMemoryMetadata:
     """() for the sums: 0, or NaN where a rank had no room for all rows; None where there always is."""
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
-    gathered_from: None = None
-    """Received rows cannot be gathered again: backward keeps them."""
 
 
 class SymmetricMemoryTokenDispatcher:

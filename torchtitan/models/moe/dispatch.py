@@ -22,9 +22,6 @@ class DispatchMetadata:
     """Where each token's rows went."""
     routed_scores: torch.Tensor | None
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
-    gathered_from: tuple[torch.Tensor, torch.Tensor] | None
-    """(tokens (T, D), index (R,)) that give the rows again, so that backward need not keep them.
-    An index of -1 is a row of zeros."""
 
 
 class TokenDispatcher(Protocol):
@@ -69,17 +66,22 @@ class LocalTokenDispatcher:
         top_scores: torch.Tensor,
         selected_experts_indices: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
+        order, counts, scores = self.sort(top_scores, selected_experts_indices)
+        rows = routing.spread(x, order)
+        if self.score_before_experts:
+            rows, scores = routing.weight(rows, scores), None
+        return rows, counts, DispatchMetadata(len(x), order, scores)
+
+    def sort(
+        self, top_scores: torch.Tensor, selected_experts_indices: torch.Tensor
+    ) -> tuple[RowOrder, torch.Tensor, torch.Tensor]:
+        """What `dispatch` knows before it moves a row: order, counts (E,) int64, scores (R,) fp32."""
         order = routing.sort_by_expert(selected_experts_indices)
         counts = routing.count_tokens(selected_experts_indices, self.num_experts)
         if self.row_alignment > 1:
             alignment = Alignment.of(counts, len(order.tokens), self.row_alignment)
             order, counts = order.aligned(alignment), alignment.counts
-        rows, scores = routing.spread(x, order), routing.reorder(top_scores, order)
-        if self.score_before_experts:
-            rows, scores, source = routing.weight(rows, scores), None, None
-        else:
-            source = (x, order.tokens)
-        return rows, counts, DispatchMetadata(len(x), order, scores, source)
+        return order, counts, routing.reorder(top_scores, order)
 
     def combine(
         self, routed_output: torch.Tensor, metadata: DispatchMetadata, x: torch.Tensor

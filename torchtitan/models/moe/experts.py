@@ -9,6 +9,7 @@ from torch import nn
 from torchtitan.models.init import Constant, Init, Normal, PerExpert
 from torchtitan.ops.experts import grouped_experts
 from torchtitan.ops.swiglu import Gating
+from torchtitan.routing import RowOrder
 
 GATINGS = {"swiglu": Gating(), "gpt_oss": Gating(alpha=1.702, limit=7.0, up_offset=1.0)}
 
@@ -53,28 +54,26 @@ class GroupedExperts(nn.Module):
 
     def forward(
         self,
-        rows: torch.Tensor,
+        x: torch.Tensor,
         num_tokens_per_expert: torch.Tensor,
         scores: torch.Tensor | None = None,
-        gathered_from: tuple[torch.Tensor, torch.Tensor] | None = None,
+        order: RowOrder | None = None,
     ) -> torch.Tensor:
-        """rows (R, D), num_tokens_per_expert (e,) int64, scores (R,) fp32 or None -> (R, D).
+        """Rows x (R, D), num_tokens_per_expert (e,) int64, scores (R,) fp32 or None -> (R, D).
 
-        Counts may sum to less than R: the rows after them give zeros and get zero gradients.
-        gathered_from: x (T, D) and index (R,) int64 such that rows = x[index]; kept for backward
-        in place of rows.
+        Counts may sum to less than R: the rows after them give zeros and get zero gradients. With
+        `order`, x are tokens (T, D) whose rows it tells, and the result is the sum of each one's.
         """
-        source, index = gathered_from or (None, None)
         y, _ = grouped_experts(
-            rows,
+            x,
             self.w13,
             self.w2,
             self.b13,
             self.b2,
             num_tokens_per_expert,
             scores,
-            source,
-            index,
+            None if order is None else order.tokens,
+            None if order is None else order.rows,
             list(self.gating),
             self.backend,
             self.max_rows_per_chunk,

@@ -120,6 +120,11 @@ class MoE(nn.Module):
         self, tokens: torch.Tensor, scores: torch.Tensor, expert_ids: torch.Tensor
     ) -> torch.Tensor:
         """The experts' weighted sum: tokens (T, D), scores and expert_ids (T, K) -> (T, D)."""
-        rows, counts, metadata = self.dispatcher.dispatch(tokens, scores, expert_ids)
-        rows = self.experts(rows, counts, metadata.routed_scores, metadata.gathered_from)
-        return self.dispatcher.combine(rows, metadata, tokens)
+        dispatcher = self.dispatcher
+        if isinstance(dispatcher, LocalTokenDispatcher) and not dispatcher.score_before_experts:
+            # All experts are here: they gather their rows, and sum each token's, by themselves.
+            order, counts, scores = dispatcher.sort(scores, expert_ids)
+            return self.experts(tokens, counts, scores, order)
+        rows, counts, metadata = dispatcher.dispatch(tokens, scores, expert_ids)
+        rows = self.experts(rows, counts, metadata.routed_scores)
+        return dispatcher.combine(rows, metadata, tokens)

@@ -12,6 +12,7 @@ from torch import nn
 from torchtitan import routing
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.moe.config import MoEConfig
+from torchtitan.ops.top_k import top_k
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class TokenChoiceTopKRouter(nn.Module):
             scores = scores + correction_bias
         if self.config.num_expert_groups > 1:
             scores = scores.masked_fill(~self._in_best_groups(scores), float("-inf"))
-        return scores.topk(self.config.top_k, dim=-1).indices
+        return top_k(scores, self.config.top_k)
 
     def _in_best_groups(self, scores: torch.Tensor) -> torch.Tensor:
         """(T, E) bool. A group is as good as its best experts together."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchtitan import routing
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.ops import expert_kernels
 from torchtitan.ops.experts import grouped_experts, grouped_experts_backward
@@ -140,23 +141,45 @@ def test_kernels_are_chosen_by_type_and_width():
     assert expert_kernels.choose("auto", torch.bfloat16, cpu, 16, 24) is expert_kernels.GROUPED_MM
     assert expert_kernels.choose("auto", torch.bfloat16, cpu, 16, 20) is expert_kernels.LOOP
     assert expert_kernels.choose("auto", torch.float64, cpu, 16, 24) is expert_kernels.LOOP
-    assert expert_kernels.choose("reference", torch.float32, cpu, 16) is expert_kernels.REFERENCE
+    assert expert_kernels.choose("reference", torch.float32, cpu, 16, 24) is expert_kernels.REFERENCE
 
 
-@pytest.mark.parametrize("gathered", [True, False])
+IDS = torch.tensor([[2, 0], [0, 2], [2, 3], [1, 2], [2, 0], [2, 1]])  # of experts: (T, K)
+
+
+@pytest.mark.parametrize("form", [{}, GPT_OSS], ids=["swiglu", "gpt_oss"])
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_are_spread_and_their_rows_summed(device, kernels, form):
+    """The same as rows that were gathered before, and summed after."""
+    backend, dtype, dim, hidden = kernels
+    experts = build(dtype, dim, hidden, backend=backend, **form).to(device)
+    x, _, _ = inputs([len(IDS)], dtype, dim)
+    _, counts, scores = inputs(IDS.flatten().bincount().tolist(), dtype, dim)
+    x, counts, scores = (tensor.detach().to(device) for tensor in (x, counts, scores))
+    leaves = [x.requires_grad_(), scores.requires_grad_(), *experts.parameters()]
+    order = routing.sort_by_expert(IDS.to(device))
+    upstream = torch.randn_like(x)
+    summed = gradients(experts(x, counts, scores, order), leaves, upstream)
+    rows = experts(routing.spread(x, order), counts, scores)
+    expected = gradients(routing.collect(rows, order), leaves, upstream)
+    assert_close(summed, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("max_rows", [1, 4, 16, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chunks_change_nothing(dtype, max_rows, gathered):
-    x, _, _ = inputs([6], dtype)
-    index = torch.arange(17) % 6
-    rows, counts, scores = inputs([3, 0, 9, 1], dtype, unused=4)
-    rows = x[index] if gathered else rows
-    upstream = torch.randn(rows.shape, dtype=dtype)
+def test_chunks_change_nothing(dtype, max_rows, summed):
+    order = routing.sort_by_expert(IDS) if summed else None
+    x, counts, scores = inputs([3, 2, 6, 1], dtype, unused=0 if summed else 4)
+    if summed:
+        x, _, _ = inputs([len(IDS)], dtype)
+    upstream = torch.randn(x.shape, dtype=dtype)
 
     def with_chunks_of(size):
         experts = build(dtype, max_rows_per_chunk=size, **GPT_OSS)
-        out = experts(rows, counts, scores, (x, index) if gathered else None)
-        return gradients(out, [rows, scores, *experts.parameters()], upstream)
+        out = experts(x, counts, scores, order)
+        return gradients(out, [x, scores, *experts.parameters()], upstream)
 
     assert_close(with_chunks_of(max_rows), with_chunks_of(0), TOLERANCE[dtype] / 10)
 
@@ -179,10 +202,11 @@ def test_chunks_bound_the_rows_of_intermediates():
     experts = build()
     rows, counts, scores = (tensor.detach() for tensor in inputs([30, 0, 9, 1]))
     weights = (experts.w13.detach(), experts.w2.detach(), None, None)
-    given, options = (counts, scores), (Gating(), "auto", 8)
+    options = Gating(), "auto", 8
     with Shapes() as shapes:
-        _, z = grouped_experts._init_fn(rows, *weights, *given, None, None, *options)
-        grouped_experts_backward._init_fn(rows, z, rows, None, *weights, *given, *options)
+        operands = rows, *weights, counts, scores, None, None
+        _, z = grouped_experts._init_fn(*operands, *options)
+        grouped_experts_backward._init_fn(rows, z, *operands, *options)
     heights = {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] in (24, 48)}
     assert max(heights) == 8
 
@@ -267,27 +291,28 @@ def saved_bytes(forward, *without):
 def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
     experts = build(max_rows_per_chunk=max_rows)
     rows, counts, scores = inputs([3, 0, 5, 1])
-    x, tokens = torch.randn(3, 16), torch.arange(9) % 3
     weights = (experts.w13, experts.w2)
     small = scores.nbytes + counts.nbytes + z
     saved = saved_bytes(lambda: experts(rows, counts, scores), *weights)
     assert saved == rows.nbytes + small
-    rows = x[tokens].requires_grad_()
-    saved = saved_bytes(lambda: experts(rows, counts, scores, (x, tokens)), *weights)
-    assert saved == x.nbytes + tokens.nbytes + small
+    order = routing.sort_by_expert(torch.tensor([[0, 2, 3], [2, 0, 2], [0, 2, 2]]))
+    x = rows[:3].detach().clone()
+    saved = saved_bytes(lambda: experts(x, counts, scores, order), *weights)
+    assert saved == x.nbytes + order.tokens.nbytes + order.rows.nbytes + small
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("max_rows", [0, 4])
-@pytest.mark.parametrize("gathered", [True, False])
-def test_the_operator_is_well_formed(gathered, max_rows, weighted, bias):
+@pytest.mark.parametrize("summed", [True, False])
+def test_the_operator_is_well_formed(summed, max_rows, weighted, bias):
     experts = build(bias=bias)
     weights = (experts.w13, experts.w2, experts.b13, experts.b2)
-    rows, counts, scores = inputs([3, 0, 5, 1])
-    source = (torch.randn(4, 16), torch.arange(9) % 4) if gathered else (None, None)
-    rows = source[0][source[1]].requires_grad_() if gathered else rows
-    arguments = (rows, *weights, counts, scores if weighted else None, *source)
+    x, counts, scores = inputs([3, 2, 6, 1])
+    order = routing.sort_by_expert(IDS)
+    indices = (order.tokens, order.rows) if summed else (None, None)
+    x = x[: len(IDS)].detach().requires_grad_() if summed else x
+    arguments = (x, *weights, counts, scores if weighted else None, *indices)
     torch.library.opcheck(grouped_experts, (*arguments, [1.702, 7.0, 1.0], "auto", max_rows))
 
 
