@@ -1,7 +1,7 @@
 """The fused products of experts against fp64, and the layer with them against the layer without.
 
-`python -m pytest tests/gpu_tests/test_moe_kernels.py` on a Hopper GPU. The kernels' arithmetic runs on a CPU, too,
-where Triton is installed: the same with TRITON_INTERPRET=1 before it.
+`python -m pytest tests/gpu_tests/test_moe_kernels.py` on a Hopper GPU. The kernels' arithmetic runs on a
+CPU, too, where Triton is installed: the same with TRITON_INTERPRET=1 before it.
 
 T tokens, K top-k, R rows, D model, F expert width, E experts.
 """
@@ -193,6 +193,7 @@ def test_the_layer_is_right_at_real_widths(shape, num_tokens):
     """Fused and not, deterministic, and no row waits for the host."""
     x = torch.randn(1, num_tokens, shape[0], device=DEVICE, dtype=DTYPE)
     upstream = torch.randn_like(x)
+    x = torch.stack([x, x], dim=2)[:, :, 0]  # rows far apart
     moe, unfused = layer(shape, "auto"), layer(shape, "unfused")
     moe.router.record = []
     torch.cuda.set_sync_debug_mode("error")

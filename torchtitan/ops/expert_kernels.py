@@ -50,12 +50,12 @@ def gather(rows: Gathered | torch.Tensor) -> torch.Tensor:
 class Kernels:
     """One implementation of all that experts are made of."""
 
-    rows: Callable[[Gathered | torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    rows: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     """(a (R, K), b (G, K, N), counts) -> (R, N): each row times its group's matrix."""
     weights: Callable[..., torch.Tensor]
     """(a (R, K), b (R, N), counts) -> (G, K, N): a^T b over each group's rows; 0 without rows."""
     operand: Callable[[Gathered | torch.Tensor], Gathered | torch.Tensor] = gather
-    """What `rows` as their first and `weights` as one of their operands take of such rows."""
+    """What the others take of such rows; `Gathered` only where there are `up` and `down_backward`."""
     up: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     """(a (R, D), w13 (e, 2, F, D), counts, scores, gating) -> z (R, 2F) and its `swiglu` (R, F), where
     one kernel computes both; no biases."""
@@ -117,26 +117,24 @@ def _on_gpu(products: Kernels) -> Kernels:
 def _fused() -> Kernels:
     from torchtitan.ops import triton_products as products
 
+    def split(rows):
+        x, index = rows if isinstance(rows, Gathered) else (rows, None)
+        return x.contiguous(), index
+
     def weights(a, b, counts):
         if isinstance(a, Gathered):
-            return products.weights(*a, b, counts)
+            return products.weights(*split(a), b, counts)
         if isinstance(b, Gathered):
-            return products.weights(*b, a, counts, transposed=True)
+            return products.weights(*split(b), a, counts, transposed=True)
         return _grouped_mm_weights(a, b, counts)
-
-    def up(a, *others):
-        return products.up(*(a if isinstance(a, Gathered) else (a, None)), *others)
-
-    def down_backward(d_y, *others):
-        return products.down_backward(*(d_y if isinstance(d_y, Gathered) else (d_y, None)), *others)
 
     return replace(
         _on_gpu(GROUPED_MM),
         rows=products.rows,
         weights=weights,
         operand=lambda rows: rows,
-        up=up,
-        down_backward=down_backward,
+        up=lambda a, *others: products.up(*split(a), *others),
+        down_backward=lambda d_y, *others: products.down_backward(*split(d_y), *others),
     )
 
 

@@ -1,8 +1,10 @@
-"""Triton kernels of experts' products that read their rows through an index; see ops/expert_kernels.py.
+"""Triton kernels of experts' products, with gathers and gating inside of them; see ops/expert_kernels.py.
 
-R rows sorted by expert, e experts, D model, F expert width, M, N and K widths. What is gathered while it
-is multiplied is never written: that, not the product, is what these win. Sums are in fp32. Widths are
-multiples of `BLOCK`. Imported on first use on a GPU: PyTorch for CPUs comes without Triton.
+T tokens, R rows sorted by expert, e experts, D model, F expert width, M, N and K widths. What is gathered
+while it is multiplied is never written, and z and d_z are gated where their sums lie: that, not the
+product, is what these win. Tensors are contiguous unless said, widths multiples of `BLOCK`, indices
+int64 and of rows that exist; sums are in fp32. Imported on first use on a GPU: PyTorch for CPUs comes
+without Triton.
 """
 
 import torch
