@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from torchtitan.distributed.comm import destroy_process_group
 from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispatcher
 from torchtitan.distributed.expert_parallel.peer_exchange import PeerExchange, Sizes
 from torchtitan.distributed.expert_parallel.peer_memory import SymmetricMemory
@@ -182,7 +183,7 @@ def main() -> None:
         print(f"{world} ranks on {name}, torch {torch.__version__}, {args.tokens} tokens each, bfloat16")
         print_results(results)
         write_report(args.json, device.type, ranks=world, results=results)
-    dist.destroy_process_group()
+    destroy_process_group()
 
 
 if __name__ == "__main__":
