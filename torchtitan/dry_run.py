@@ -28,7 +28,7 @@ from torchtitan.expert_load import ExpertLoad
 from torchtitan.models.decoder import DecoderConfig
 from torchtitan.optim.optimizer import build_optimizer, take_step
 from torchtitan.optim.state import held_tensors
-from torchtitan.preflight import checked_model
+from torchtitan.preflight import check_converted, checked_model
 from torchtitan.quantization.converters import emulated
 
 CPU = torch.device("cpu")
@@ -92,6 +92,8 @@ def _settle(
     try:
         degrees = Degrees.resolve(config.parallelism, world_size)
         batch_size = global_batch_size(config.training, degrees.dp)
+        if model and config.model.converters:
+            check_converted(model, config, degrees)
     except ConfigError as error:
         faults += error.faults
     if faults:

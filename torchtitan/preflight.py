@@ -119,7 +119,7 @@ def prepare(
     progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
     if model and degrees and config.model.converters and not faults:
-        attempt(_check_converted, model, config, degrees)
+        attempt(check_converted, model, config, degrees)
     batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
     attempt(_check_data_position, config, progress or {})
     if faults:
@@ -212,7 +212,7 @@ def _num_dims(model: DecoderConfig) -> dict[str, int]:
         return {name: parameter.ndim for name, parameter in model.build().named_parameters()}
 
 
-def _check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -> None:
+def check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -> None:
     """What converters make can be split over the ranks there are."""
     with torch.device("meta"):
         whole = model.build()

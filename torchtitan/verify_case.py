@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass, replace
 
+import torch
+
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.pipeline_faults import pipeline_faults
@@ -61,6 +63,7 @@ def settle(config: JobConfig, full: bool) -> Case:
             parallelism, small = _few_layers(config, model, parallelism, small)
         notes += _changes("model.", model, small, ("seq_len",))
         model = small
+        config = _fitting_filters(config, model, notes)
     dp = world_size // (tp * cp * parallelism.pipeline_parallel_degree)
     plan = PipelinePlan(replace(config, parallelism=parallelism), model.n_layers)
     training = _batch(config, plan, dp, full, notes)
@@ -90,14 +93,34 @@ def alone(case: Case) -> Case:
         local_batch_size=config.training.global_batch_size,
         enable_cpu_offload=False,
     )
+    grouped = config.quantize.grouped_mm
+    grouped = replace(grouped, float8=replace(grouped.float8, exchange_in_float8=False))
     config = replace(
         config,
         parallelism=parallelism,
         training=training,
         compile=replace(config.compile, enable=False),
         activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
+        quantize=replace(config.quantize, grouped_mm=grouped),
     )
     return replace(case, config=config, world_size=1)
+
+
+def _fitting_filters(config: JobConfig, model: DecoderConfig, notes: list[str]) -> JobConfig:
+    """Without filters of Linear layers that a small model has not, or that go by the size of layers."""
+    if not config.model.converters:
+        return config
+    with torch.device("meta"):
+        names = [name for name, _ in model.build().named_modules()]
+    linear = config.quantize.linear
+    kept = {
+        kind: [part for part in getattr(linear, kind).filter_fqns if any(part in n for n in names)]
+        for kind in ("float8", "mx")
+    }
+    changed = {k: replace(getattr(linear, k), filter_fqns=parts) for k, parts in kept.items()}
+    new = replace(config, quantize=replace(config.quantize, linear=replace(linear, **changed)))
+    notes += _changes("", config, new, ())
+    return new
 
 
 def without_rounding(case: Case) -> Case:

@@ -25,15 +25,15 @@ COMMUNICATION = "communication"
 KINDS = (
     (COMMUNICATION, r"nccl|^gloo:|^c10d::|multimem|(one|two)_shot|Memcpy PtoP|^_pu(ll|sh)$|barrier_kernel", None),
     ("attention", r"flash|fmha|sdpa|attention", r"_dot_product_|_attention_|flex_attention"),
-    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm|up|rows|weights)", r"^aten::_(scaled_)?grouped_mm"),
+    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm|up|down|weights|product)", r"^aten::_(scaled_)?grouped_mm"),
     ("FSDP copies and casts", r"fused__to_copy(_t|_view|_transpose)*_\d+$", r"^FSDP::"),
-    ("clip and optimizer", r"multi_tensor_apply|^aten::_(foreach|fused)", r"^Optimizer\.step"),
+    ("clip and optimizer", r"multi_tensor_apply|^_update$|^aten::_(foreach|fused)", r"^Optimizer\.step"),
     ("loss", r"log_softmax|nll_loss|cross_entropy|logsumexp", r"nll_loss|cross_entropy|log_softmax"),
     ("embedding", r"embedding", r"embedding"),
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|cublas|^aten::(add|b)?mm$|scaled_mm|mkldnn_linear", None),
     (
         "routing and dispatch",
-        r"topk|sort|histogram|bincount|scan|cumsum|scatter|gather|index|sum_rows|clear_after",
+        r"topk|sort|histogram|bincount|scan|cumsum|scatter|gather|index|sum_rows|take_rows|top_k|fill_tiles|clear_after",
         r"^torchtitan::(record_load|sum_rows|exchange)",
     ),
 )

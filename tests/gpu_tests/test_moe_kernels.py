@@ -207,6 +207,7 @@ def test_fused_products_are_chosen_on_hopper():
     assert choose("unfused", *options, 768, 2048, fusible=True).up is None
     assert choose("auto", *options, 14336, 4096, fusible=True).up is None
     assert choose("auto", *options, 760, 2048, fusible=True).up is None
+    assert choose("auto", torch.float32, device, 768, 2048, fusible=True).up is None
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -48,7 +48,7 @@ def test_odd_lengths_train_without_sequence_parallelism(tmp_path, family):
     launch(free, [f"--job.dump_folder={tmp_path / 'two'}"], ngpu=2)
     one = odd_config(tmp_path, family, "")
     launch(one, [f"--job.dump_folder={tmp_path / 'one'}"])
-    assert_same_curve(losses(tmp_path / "two"), losses(tmp_path / "one"))
+    assert_same_curve(losses(tmp_path / "two"), losses(tmp_path / "one"), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("family", FLAVORS)
@@ -75,6 +75,7 @@ def test_a_large_config_trains_cut_down(tmp_path):
         "--parallelism.expert_parallel_degree=2",
         "--compile.no_enable",
         "--metrics.log_freq=1",
+        "--debug.seed=5",
     ]
     launch(REPO / "train_configs/qwen3/30b_a3b.toml", argv, ngpu=2)
     found = losses(tmp_path)

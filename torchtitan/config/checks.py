@@ -307,6 +307,9 @@ def float8_options_fit_together(config: JobConfig) -> Iterator[Fault]:
         reason = f'needs one scale a weight, and recipe_name = "{options.recipe_name}" has one a row.'
         remedy = 'Set it to false, or recipe_name = "tensorwise".'
         yield Fault(f"{prefix}.enable_fsdp_float8_all_gather", reason, remedy, True)
+    if options.enable_fsdp_float8_all_gather and config.training.enable_cpu_offload:
+        reason = "weights that live on the CPU are not gathered as float8."
+        yield Fault(f"{prefix}.enable_fsdp_float8_all_gather", reason, "Set one of them to false.", True)
     if options.precompute_float8_dynamic_scale_for_fsdp and not options.enable_fsdp_float8_all_gather:
         reason = "computes the scales of weights that are gathered as float8, and none are."
         remedy = f"Set {prefix}.enable_fsdp_float8_all_gather = true."

@@ -84,7 +84,7 @@ class QuantizeGroupedMM:
     """Quantization of the experts' grouped matrix products."""
 
     float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
-    """float8, by torchao."""
+    """float8, by PyTorch's scaled grouped products."""
 
     mx: MXGroupedMM = field(default_factory=MXGroupedMM)
     """MX formats, by torchao."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from torchtitan.config.schema import ActivationCheckpoint
-from torchtitan.ops import experts as _experts  # noqa: F401 - defines the operator
+from torchtitan.ops import experts as _experts, top_k as _top_k  # noqa: F401 - define operators
 from torchtitan.routing import decide_once
 
 _ATTENTION = {
@@ -38,6 +38,7 @@ _ATTENTION = {
 _ROUTING = {
     torch.ops.torchtitan.keep.default,
     torch.ops.torchtitan.record_load.default,
+    torch.ops.torchtitan.top_k.default,
 }
 """Routing is decided and counted once: a recomputation gets the same results."""
 _LARGEST = {torch.ops.aten.max.default, torch.ops.aten.amax.default}

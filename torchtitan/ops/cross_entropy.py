@@ -52,7 +52,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             logits = states @ weight.t()
             losses.append(cross_entropy_(logits, of_states))
             if for_hidden:
-                torch.mm(logits, weight, out=d_hidden[index * size : index * size + len(states)])
+                d_hidden[index * size : index * size + len(states)] = logits @ weight
             if for_weight:
                 d_weight = _accumulate(d_weight, logits.t(), states, wide, rounds=len(parts) == 1)
             del logits  # before the next ones

@@ -140,7 +140,7 @@ def _fused() -> Kernels:
 @cache
 def _fuses(dtype: torch.dtype, device: torch.device, hidden: int, dim: int) -> bool:
     """Where the fused products win: on Hopper, while an expert's weights stay in L2."""
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
     tiles = hidden % 128 == dim % 128 == 0
     return hopper and tiles and 2 * hidden * dim * dtype.itemsize <= _FUSED_BYTES
 

@@ -18,7 +18,7 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     out = y.new_empty(num_tokens, y.shape[1])
     if num_tokens:
         block = _block(y.shape[1])
-        _sum_rows[(num_tokens,)](y, rows, out, y.shape[1], y.stride(0), top_k, block)
+        _sum_rows[(num_tokens,)](y, rows, out, y.shape[1], *y.stride(), top_k, block)
     return out
 
 
@@ -110,7 +110,14 @@ def _block(width: int) -> int:
 
 @triton.jit
 def _sum_rows(
-    y, rows, out, width: tl.constexpr, y_stride, top_k: tl.constexpr, block: tl.constexpr
+    y,
+    rows,
+    out,
+    width: tl.constexpr,
+    y_stride,
+    column_stride: tl.constexpr,
+    top_k: tl.constexpr,
+    block: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     for start in range(0, width, block):
@@ -120,7 +127,8 @@ def _sum_rows(
         for k in range(top_k):
             row = tl.load(rows + token * top_k + k)
             present = inside & (row >= 0)
-            total += tl.load(y + row * y_stride + columns, present, other=0.0).to(tl.float32)
+            at = y + row * y_stride + columns * column_stride
+            total += tl.load(at, present, other=0.0).to(tl.float32)
         tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
 
 
@@ -196,7 +204,10 @@ def _clear_after(
 
 @triton.jit
 def _clamp(gate, up, limit: tl.constexpr):
-    return tl.minimum(gate, limit), tl.minimum(tl.maximum(up, -limit), limit)
+    # By default NaN gives way to the limit: what is not finite would be hidden.
+    nan: tl.constexpr = tl.PropagateNan.ALL
+    up = tl.maximum(up, -limit, propagate_nan=nan)
+    return tl.minimum(gate, limit, propagate_nan=nan), tl.minimum(up, limit, propagate_nan=nan)
 
 
 @triton.jit
@@ -324,6 +335,7 @@ def _top_k(
     column = tl.arange(0, columns)[None, :]
     inside = (row < num_rows)[:, None] & (column < num_columns)
     left = tl.load(scores + row[:, None] * num_columns + column, inside, other=float("-inf"))
+    left = tl.where(left != left, float("inf"), left)  # no comparison finds NaN, nor a column there is
     for i in range(k):
         best = tl.argmax(left, axis=1)
         tl.store(out + row * k + i, best.to(tl.int64), row < num_rows)

@@ -2,15 +2,16 @@
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
+
+from torchtitan.distributed.mesh import local_part
 
 
 class FusedAdamW(AdamW):
     """torch.optim.AdamW with `fused=True`, of fp32 parameters on GPUs, in less traffic.
 
     An update moves 28 bytes a number; clipping before it, and torch's kernel, 40. `gradient_factor`, a
-    scalar fp32 tensor, is what the next step multiplies gradients by, which stay as they are.
+    scalar fp32 tensor, is what one step, the next, multiplies gradients by, which stay as they are.
     """
 
     gradient_factor: torch.Tensor | None = None
@@ -20,21 +21,21 @@ class FusedAdamW(AdamW):
     def step(self) -> None:
         from torchtitan.ops import triton_adam  # PyTorch for CPUs comes without Triton
 
+        factor, self.gradient_factor = self.gradient_factor, None
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
             states = [self.state[param] for param in params]
             torch._foreach_add_([state["step"] for state in states], 1)
-            factor = self.gradient_factor
             if factor is None:
-                factor = torch.ones((), device=_local(params[0]).device)
+                factor = torch.ones((), device=local_part(params[0]).device)
             of = triton_adam.Hyperparameters(
                 group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.decoupled
             )
             for param, state in zip(params, states, strict=True):
                 weight, grad, *moments = map(
-                    _local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+                    local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
                 )
                 triton_adam.update_(weight, grad.contiguous(), *moments, state["step"], factor, of)
 
@@ -46,10 +47,11 @@ class FusedAdam(FusedAdamW):
 
 
 def takes(params: list[nn.Parameter]) -> bool:
-    """Whether the kernel can update them."""
-    parts = map(_local, params)
-    return all(x.is_cuda and x.dtype == torch.float32 and x.is_contiguous() for x in parts)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Whether the kernel can update them: it reads memory, which torchao's wrappers of weights have not."""
+    return all(
+        type(part) in (torch.Tensor, nn.Parameter)
+        and part.is_cuda
+        and part.dtype == torch.float32
+        and part.is_contiguous()
+        for part in map(local_part, params)
+    )

@@ -55,13 +55,16 @@ def convert_experts(
 
 
 def _parts(fqns: list[str] | str) -> list[str]:
-    return [part.strip() for part in fqns.split(",")] if isinstance(fqns, str) else fqns
+    parts = fqns.split(",") if isinstance(fqns, str) else fqns
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _why_left(path: str, layer: nn.Module, parts: list[str], alignment: int) -> str:
     if not any(part in path for part in parts):
         return "not in fqns"
     experts = layer.experts
+    if recipe_of(experts.backend) is not None:
+        return "converted already"
     if any(width % alignment for width in experts.w2.shape[1:]):
         return f"widths must divide by {alignment}"
     if experts.b13 is not None and layer.dispatcher.score_before_experts:

@@ -28,7 +28,7 @@ def choose(
     The output head counts as one. A layer is left where its name contains one of `filters`, or
     `refuse` says why. Raises ConfigError for a filter that no module's name contains.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    names, filters = [name for name, _ in model.named_modules() if name], list(filter(None, filters))
     useless = [part for part in filters if not any(part in name for name in names)]
     if useless:
         raise ConfigError(_matches_nothing(part, names, filter_key) for part in useless)
@@ -47,6 +47,8 @@ def _why_left(name: str, module: nn.Module, filters: Sequence[str], refuse: Refu
     if any(part in name for part in filters):
         return "filter"
     never = [reason for end, reason in _NEVER.items() if name.endswith(end)]
+    if not never and type(module) is not nn.Linear:
+        return "converted already"
     return never[0] if never else refuse(module)
 
 

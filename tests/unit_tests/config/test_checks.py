@@ -174,6 +174,11 @@ COMBINATIONS = [
         f"{FLOAT8} {GATHERED} --quantize.linear.float8.recipe_name tensorwise",
     ),
     (
+        "quantize.linear.float8.enable_fsdp_float8_all_gather",
+        f"{FLOAT8} {GATHERED} --training.enable_cpu_offload",
+        f"{FLOAT8} --training.enable_cpu_offload",
+    ),
+    (
         "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
         f"{FLOAT8} --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
         f"{FLOAT8} --quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp {GATHERED}",

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torchtitan.config.schema import Optimizer
+from torchtitan.optim.fused_adam import takes
 from torchtitan.optim.optimizer import (
     build_optimizer,
     describe_optimizer,
@@ -235,3 +236,14 @@ def test_a_resume_may_regroup_and_its_own_config_counts(tmp_path):
         assert all(
             torch.equal(value, state_by_name(other)[name][key]) for key, value in state.items()
         )
+
+
+def test_the_kernel_of_adam_takes_plain_memory_alone(monkeypatch):
+    """torchao's wrappers of weights say that they are fp32 on a GPU, and have no address."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    weight = nn.Parameter(torch.zeros(4, 4))
+    wrapped = type("Wrapped", (torch.Tensor,), {})(torch.zeros(4, 4))
+    assert takes([weight])
+    assert not takes([weight, wrapped])
+    assert not takes([nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))])
+    assert not takes([weight.t()[:2]])

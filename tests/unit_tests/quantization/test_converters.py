@@ -13,6 +13,7 @@ from torchtitan.models.init import parameter_inits
 from torchtitan.models.registry import families, model_config
 from torchtitan.quantization import converters, float8
 from torchtitan.quantization.converters import convert, emulated, exact
+from torchtitan.verify_case import alone, settle
 
 FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"
 CONVERTED = {
@@ -145,3 +146,48 @@ def test_a_users_own_converter_is_known_after_the_custom_import():
     misspelt = replace(config, model=replace(config.model, converters=["test.hlaf"]))
     [fault] = converters.unknown_converters(misspelt)
     assert str(fault) == 'model.converters = "test.hlaf": no such name. Did you mean "test.half"?'
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "second"),
+    [
+        ("llama3", FLOAT8, MX),
+        ("qwen3", "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"),
+    ],
+)
+def test_what_one_converter_has_made_another_leaves(model, first, second):
+    flavor = "debugmodel" if model == "llama3" else "debugmodel_moe"
+    argv = [f"--model.name={model}", f"--model.flavor={flavor}", f"--model.converters={first},{second}"]
+    argv += [f"--{name}.fqns=experts" for name in (first, second) if "grouped" in name]
+    [fault] = refused(*argv)
+    assert second in fault and "converted already" in fault
+
+
+@pytest.mark.parametrize("key", ["quantize.grouped_mm.float8.fqns", "quantize.linear.float8.filter_fqns"])
+def test_nothing_is_no_pattern(key):
+    """It would be in every name."""
+    argv = ["--model.name=qwen3", "--model.flavor=debugmodel_moe", f"--model.converters={key.rpartition('.')[0]}"]
+    if "linear" in key:
+        assert converted(*argv, f"--{key}=")[1] == converted(*argv)[1]
+    else:
+        assert "none of the model's MoE layers' experts" in refused(*argv, f"--{key}=")[0]
+
+
+def test_the_oracles_small_model_is_converted_whatever_the_filters_of_the_large_one():
+    filters = "output,auto_filter_small_kn,layers.31."
+    argv = ["--model.flavor=8B", "--model.converters=float8", f"--{FLOAT8}.recipe_name=rowwise"]
+    case = settle(load(*argv, f"--{FLOAT8}.filter_fqns={filters}"), full=False)
+    assert case.config.quantize.linear.float8.filter_fqns == ["output"]
+    assert any("filter_fqns" in note for note in case.notes)
+    with torch.device("meta"):
+        [done] = convert(case.model.build(), case.config)
+    assert done.converted
+
+
+def test_the_oracles_one_process_exchanges_nothing():
+    argv = ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--parallelism.expert_parallel_degree=2"]
+    argv += ["--model.converters=quantize.grouped_mm.float8", "--quantize.grouped_mm.float8.fqns=experts"]
+    case = alone(settle(load(*argv, "--quantize.grouped_mm.float8.exchange_in_float8"), full=False))
+    with torch.device("meta"):
+        [done] = convert(case.model.build(), case.config)
+    assert done.converted

@@ -121,7 +121,7 @@ class MoE(nn.Module):
     ) -> torch.Tensor:
         """The experts' weighted sum: tokens (T, D), scores and expert_ids (T, K) -> (T, D)."""
         dispatcher = self.dispatcher
-        if isinstance(dispatcher, LocalTokenDispatcher) and not dispatcher.score_before_experts:
+        if type(dispatcher) is LocalTokenDispatcher and not dispatcher.score_before_experts:
             # All experts are here: they gather their rows, and sum each token's, by themselves.
             order, counts, scores = dispatcher.sort(scores, expert_ids)
             return self.experts(tokens, counts, scores, order)
