@@ -178,9 +178,9 @@ def test_the_oracles_small_model_is_converted_whatever_the_filters_of_the_large_
     argv = ["--model.flavor=8B", "--model.converters=float8", f"--{FLOAT8}.recipe_name=rowwise"]
     case = settle(load(*argv, f"--{FLOAT8}.filter_fqns={filters}"), full=False)
     assert case.config.quantize.linear.float8.filter_fqns == ["output"]
-    assert any("filter_fqns" in note for note in case.notes)
+    assert any("filter_fqns" in note for note in case.settled)
     with torch.device("meta"):
-        [done] = convert(case.model.build(), case.config)
+        [done] = convert(case.model_config.build(), case.config)
     assert done.converted
 
 
@@ -189,5 +189,5 @@ def test_the_oracles_one_process_exchanges_nothing():
     argv += ["--model.converters=quantize.grouped_mm.float8", "--quantize.grouped_mm.float8.fqns=experts"]
     case = alone(settle(load(*argv, "--quantize.grouped_mm.float8.exchange_in_float8"), full=False))
     with torch.device("meta"):
-        [done] = convert(case.model.build(), case.config)
+        [done] = convert(case.model_config.build(), case.config)
     assert done.converted
