@@ -64,6 +64,17 @@ def take_turns(
     return times
 
 
+def peak_gib(work: Work, device: str) -> float | None:
+    """Most memory allocated at a time beyond what was there before; None on a CPU."""
+    if device == "cpu":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    synchronize(device)
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 @dataclass(frozen=True)
 class Spread:
     """Of repeated measurements: the median, and what nine of ten stay above and below."""

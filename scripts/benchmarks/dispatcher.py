@@ -19,7 +19,7 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
-from common import Spread, device_name, synchronize, table, take_turns, write_report
+from common import Spread, device_name, peak_gib, synchronize, table, take_turns, write_report
 
 import torch
 import torch.distributed as dist
@@ -86,17 +86,6 @@ def layers_in_a_row(
     return run
 
 
-def peak_gib(work: Callable[[], object], device: str) -> float:
-    """Most memory allocated at a time beyond what was there before; 0 on a CPU."""
-    if device == "cpu":
-        return 0.0
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    synchronize(device)
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
-
-
 def trace(work: Callable[[], object], device: str, file: Path) -> None:
     with torch.profiler.profile() as profiler:
         work()
@@ -121,7 +110,7 @@ def measure(routing: str, args: argparse.Namespace, device: torch.device) -> lis
     moved = 4 * args.tokens * args.top_k * args.dim * 2 * (world - 1) / world
     results = []
     for (what, name), work in sorted(works.items()):
-        found, gib = work(), peak_gib(work, device.type)
+        found, gib = work(), peak_gib(work, device.type) or 0.0
         difference = (found - expected.setdefault(what, found)).double().norm() / found.double().norm()
         mine = Spread.of(times[what, name]).scaled(1 / args.layers)
         of_ranks: list[tuple[float, ...]] = [()] * world

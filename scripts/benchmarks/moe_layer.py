@@ -19,7 +19,16 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
-from common import Spread, ceilings, grouped_products, pick_device, synchronize, table, take_turns, write_report
+from common import (
+    Spread,
+    ceilings,
+    grouped_products,
+    peak_gib,
+    pick_device,
+    table,
+    take_turns,
+    write_report,
+)
 
 import torch
 import torch.nn.functional as F
@@ -135,17 +144,6 @@ def in_a_row(work: Callable[[], object]) -> Callable[[], None]:
             work()
 
     return several
-
-
-def peak_gib(work: Callable[[], object], device: str) -> float | None:
-    """Most memory allocated at a time beyond what was there before, weights and input."""
-    if device == "cpu":
-        return None
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    synchronize(device)
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def saved_mib(layer: nn.Module, x: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
-from torchtitan.distributed.mesh import Meshes
+from torchtitan.distributed.mesh import Meshes, local_part
 from torchtitan.distributed.parameter_views import use_cast_parameters
 from torchtitan.sharding import EXPERT_HIDDEN_DIM
 
@@ -112,7 +112,7 @@ def _expert_placement(weights: set[int], num_ranks: int, weight: nn.Parameter) -
     """Experts are sharded by expert; where that leaves ranks without any, along their hidden width."""
     if id(weight) not in weights:
         return None
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    local = local_part(weight)
     hidden = local.shape[EXPERT_HIDDEN_DIM:][:1]  # the output's bias has none
     along_hidden = len(local) < num_ranks and hidden and hidden[0] % num_ranks == 0
     return Shard(EXPERT_HIDDEN_DIM if along_hidden else 0)

@@ -13,6 +13,9 @@ from torchtitan.config.schema import JobConfig
 from torchtitan.ops.quantized_kernels import EMULATED, recipe_of
 from torchtitan.quantization.conversion import Conversion, alike
 
+PRODUCTS = "these products of experts"
+"""What hardware may not have, in words."""
+
 
 def convert_experts(
     model: nn.Module,
@@ -103,20 +106,6 @@ def _chunk_faults(config: JobConfig, name: str, recipe: str) -> Iterator[Fault]:
         near = " or ".join(str(n * alignment) for n in (size // alignment, size // alignment + 1) if n)
         reason = f"must be a multiple of {alignment} rows for {name}."
         yield Fault("moe.max_rows_per_chunk", reason, f"Use {near}.", size)
-
-
-def hardware_faults(
-    device: torch.device, least: tuple[int, int], key: str, value: Any, remedy: str
-) -> Iterator[Fault]:
-    """A fault where the device does not have the compute capability `least`."""
-    needed = ".".join(map(str, least))
-    if device.type != "cuda":
-        reason = "these products of experts need a GPU, and this machine trains on its CPU."
-        yield Fault(key, reason, remedy, value)
-    elif (capability := torch.cuda.get_device_capability(device)) < least:
-        has = ".".join(map(str, capability))
-        reason = f"these products of experts need compute capability {needed}, and this GPU has {has}."
-        yield Fault(key, reason, remedy, value)
 
 
 def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:

@@ -12,6 +12,7 @@ from torchtitan.config.faults import Fault
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion, alike
+from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
 from torchtitan.quantization.linear import Widths, choose, split_faults
 
@@ -75,16 +76,9 @@ def _pads_tokens(config: JobConfig) -> bool:
 
 def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
     """A fault where the device has no float8 products and they are not emulated."""
-    if config.quantize.linear.float8.emulate:
-        return
-    if device.type != "cuda":
-        reason = "float8 products need a GPU, and this machine trains on its CPU."
-    elif (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-        has = ".".join(map(str, capability))
-        reason = f"float8 products need compute capability 8.9, and this GPU has {has}."
-    else:
-        return
-    yield Fault(f"{NAME}.emulate", reason, "Set it to true to try a config out, slowly.", False)
+    if not config.quantize.linear.float8.emulate:
+        remedy = "Set it to true to try a config out, slowly."
+        yield from hardware_faults(device, (8, 9), "float8 products", f"{NAME}.emulate", False, remedy)
 
 
 def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterator[Fault]:

@@ -8,12 +8,8 @@ from torch import nn
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import JobConfig
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.experts import (
-    convert_experts,
-    hardware_faults,
-    precision_faults,
-    with_options,
-)
+from torchtitan.quantization.experts import PRODUCTS, convert_experts, precision_faults, with_options
+from torchtitan.quantization.hardware import hardware_faults
 
 NAME = "quantize.grouped_mm.float8"
 CAPABILITY = (9, 0)
@@ -41,7 +37,7 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
     """Faults where the device has no such products and they are not emulated."""
     if not config.quantize.grouped_mm.float8.emulate:
         remedy = "Set it to true to try a config out, slowly."
-        yield from hardware_faults(device, CAPABILITY, f"{NAME}.emulate", False, remedy)
+        yield from hardware_faults(device, CAPABILITY, PRODUCTS, f"{NAME}.emulate", False, remedy)
         yield from precision_faults(config, NAME)
 
 

@@ -18,6 +18,7 @@ from torchtitan.config.names import nearest
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
+from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
 from torchtitan.quantization.linear import Widths, choose, split_faults
 
@@ -142,13 +143,7 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
     if options.recipe_name not in RECIPES or RECIPES[options.recipe_name].emulated:
         return
     remedy = 'Use "mxfp8_emulated_rceil" to try a config out, slowly.'
-    if device.type != "cuda":
-        reason = "MX products need a GPU, and this machine trains on its CPU."
-        yield Fault(key, reason, remedy, options.recipe_name)
-    elif (capability := torch.cuda.get_device_capability(device)) < (10, 0):
-        has = ".".join(map(str, capability))
-        reason = f"MX products need compute capability 10.0, and this GPU has {has}."
-        yield Fault(key, reason, remedy, options.recipe_name)
+    yield from hardware_faults(device, (10, 0), "MX products", key, options.recipe_name, remedy)
     if config.training.mixed_precision_param == "float32":
         reason = f"{options.recipe_name} of {NAME} casts from bfloat16."
         yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")

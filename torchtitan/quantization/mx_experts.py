@@ -8,12 +8,8 @@ from torch import nn
 from torchtitan.config.faults import Fault
 from torchtitan.config.schema import JobConfig
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.experts import (
-    convert_experts,
-    hardware_faults,
-    precision_faults,
-    with_options,
-)
+from torchtitan.quantization.experts import PRODUCTS, convert_experts, precision_faults, with_options
+from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
 
 NAME = "quantize.grouped_mm.mx"
@@ -35,7 +31,7 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
     recipe = config.quantize.grouped_mm.mx.recipe_name
     if recipe != EMULATED:
         remedy = f'Use "{EMULATED}" to try a config out, slowly.'
-        yield from hardware_faults(device, CAPABILITY, f"{NAME}.recipe_name", recipe, remedy)
+        yield from hardware_faults(device, CAPABILITY, PRODUCTS, f"{NAME}.recipe_name", recipe, remedy)
         yield from precision_faults(config, NAME)
 
 
