@@ -46,10 +46,15 @@ class Microbatches:
         """What `part` takes beside hidden states."""
         batch, rows = self.batch, self.rows[index]
         return {
-            "tokens": batch.tokens[rows].to(self.device, non_blocking=True),
-            "labels": batch.labels[rows].to(self.device, non_blocking=True),
+            "tokens": self._on_device(batch.tokens[rows]),
+            "labels": self._on_device(batch.labels[rows]),
             "documents": part.documents(batch.document_lengths[rows], self.device),
         }
+
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        """Not waiting for the device, which it would out of memory that is not pinned."""
+        pinned = x.pin_memory() if self.device.type == "cuda" else x
+        return pinned.to(self.device, non_blocking=True)
 
 
 class ModelParts:

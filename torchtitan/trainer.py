@@ -167,13 +167,14 @@ class Trainer:
 
         self.watchdog.mark(self.step, "optimizer")
         norm, loss = global_grad_norm(self.model.parameters(), loss, degrees.stage_size)
+        factor = clip_factor(norm, self.config.training.max_norm)
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
         may_step = self.nonfinite.may_step(self.step, loss_value, norm_value)
         if may_step:
             set_learning_rate(self.optimizer, lr)
-            take_step(self.optimizer, clip_factor(norm, self.config.training.max_norm))
+            take_step(self.optimizer, factor)
             self.model.weights_changed()
         self.optimizer.zero_grad()
         self.expert_load.finish_step(may_step)

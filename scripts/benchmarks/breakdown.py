@@ -19,16 +19,19 @@ from typing import Any
 
 from common import table
 
-COMMUNICATION = "communication"
+COMMUNICATION, FLOAT8, REST = "communication", "scales and casts to float8", "norms and elementwise"
 # The first kind whose pattern is found counts: in the name of a kernel or operator, or in the names of
 # what it ran inside, one a line. Names are those of torch 2.11 and 2.13, NCCL, cuBLAS and CUTLASS.
 KINDS = (
     (COMMUNICATION, r"nccl|^gloo:|^c10d::|multimem|(one|two)_shot|Memcpy PtoP|^_pu(ll|sh)$|barrier_kernel", None),
-    ("attention", r"flash|fmha|sdpa|attention", r"_dot_product_|_attention_|flex_attention"),
-    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm|up|down|weights|product)", r"^aten::_(scaled_)?grouped_mm"),
     ("FSDP copies and casts", r"fused__to_copy(_t|_view|_transpose)*_\d+$", r"^FSDP::"),
-    ("clip and optimizer", r"multi_tensor_apply|^_update$|^aten::_(foreach|fused)", r"^Optimizer\.step"),
+    # Inductor names a kernel also after the products and attention that take what it makes.
+    (FLOAT8, r"^triton_\w*(_scaled_mm_|abs_max|abs_amax)|quantize", None),
     ("loss", r"log_softmax|nll_loss|cross_entropy|logsumexp", r"nll_loss|cross_entropy|log_softmax"),
+    (REST, r"^triton_(poi|red|per)_", None),
+    ("attention", r"flash|fmha|sdpa|attention|cudnn::fusion", r"_dot_product_|_attention_|flex_attention"),
+    ("grouped GEMM", r"GroupProblemShape|grouped_(mm|gemm|up|down|rows|weights|product)", r"^aten::_(scaled_)?grouped_mm"),
+    ("clip and optimizer", r"multi_tensor_apply|NormTwoOps|^_update$|^aten::_(foreach|fused)", r"^Optimizer\.step"),
     ("embedding", r"embedding", r"embedding"),
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|cublas|^aten::(add|b)?mm$|scaled_mm|mkldnn_linear", None),
     (
@@ -37,7 +40,6 @@ KINDS = (
         r"^torchtitan::(record_load|sum_rows|exchange)",
     ),
 )
-REST = "norms and elementwise"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 
@@ -70,7 +72,7 @@ def breakdown(trace: Path) -> dict[str, Any]:
     spans = spans_of(events)
     steps = {e["name"] for e in events if e["name"].startswith("ProfilerStep#")}
     per_step = 1e-3 / max(1, len(steps))
-    kinds: dict[str, float] = dict.fromkeys([*(kind for kind, *_ in KINDS), REST], 0.0)
+    kinds: dict[str, float] = dict.fromkeys((kind for kind, *_ in KINDS), 0.0)
     for span in spans:
         kinds[span.kind] += span.own * per_step
     first, last = min(s.start for s in spans), max(s.end for s in spans)
@@ -92,7 +94,10 @@ def read_events(trace: Path) -> list[dict[str, Any]]:
 
 
 def spans_of(events: Iterable[dict[str, Any]]) -> list[Span]:
-    """The kernels of a trace, or, where it has none, the operators."""
+    """The kernels of a trace, or, where it has none, the operators.
+
+    What a GPU still did when recording began, it was told in the step before.
+    """
     threads = defaultdict(list)
     launches, kernels = {}, []
     for event in events:
@@ -110,7 +115,10 @@ def spans_of(events: Iterable[dict[str, Any]]) -> list[Span]:
     launched_inside = {id(event): span.inside for event, span in nested if event["cat"] in LAUNCHES}
     spans = []
     for kernel in kernels:
-        launch = launches.get(kernel.get("args", {}).get("correlation"))
+        correlation = kernel.get("args", {}).get("correlation")
+        launch = launches.get(correlation)
+        if launch is None and correlation is not None:
+            continue
         inside = launched_inside.get(id(launch), ())
         start, length = kernel["ts"], kernel["dur"]
         spans.append(Span(kernel["name"], inside, start, start + length, length))

@@ -6,7 +6,7 @@ import torch
 from torchtitan.models.moe.experts import GroupedExperts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DIM, HIDDEN, EXPERTS, ROWS = 2048, 768, 16, 65536
+DIM, HIDDEN, EXPERTS, ROWS = 2048, 768, 16, 131072
 
 
 def build(max_rows):

@@ -92,6 +92,20 @@ def test_up_projection(form, counts):
     assert_close(act[:used], exact)
 
 
+@pytest.mark.parametrize("by_column", [True, False])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_rows(counts, by_column):
+    from torchtitan.ops.triton_products import rows
+
+    x, index, counts, _, experts = operands(counts)
+    a, used = x[index], len(experts)
+    a[used:] = float("nan")
+    b = matrices(len(counts), HIDDEN, DIM).mT if by_column else matrices(len(counts), DIM, HIDDEN)
+    out = rows(a, b, counts)
+    assert len(out) == len(a)
+    assert_close(out[:used], products(a, b, experts))
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_down_projection_backward(form, counts):

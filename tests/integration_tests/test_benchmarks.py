@@ -124,6 +124,7 @@ def launch(number, start, *kernel, tid=1):
 
 GPU_STEP = [
     event("user_annotation", "ProfilerStep#10", 0, 1000),
+    event("kernel", "_update", 0, 80, tid=7, correlation=99),  # of the step before
     event("user_annotation", "FSDP::all_gather_copy_in", 0, 50),
     *launch(1, 10, "multi_tensor_apply_kernel<copy>", 100, 10),
     *launch(2, 60, "nvjet_hsh_256x128", 110, 100),
@@ -133,13 +134,14 @@ GPU_STEP = [
     event("user_annotation", "Optimizer.step#AdamW.step", 400, 90),
     *launch(5, 410, "multi_tensor_apply_kernel<FusedAdam>", 300, 20),
     *launch(6, 500, "triton_poi_fused_mul_silu_1", 320, 5),
-    *launch(7, 600, "pytorch_flash::flash_bwd", 325, 25),
+    *launch(7, 600, "pytorch_flash::flash_bwd", 325, 20),
+    *launch(9, 650, "triton_poi_fused__scaled_mm__to_copy_clamp_2", 345, 5),
     *launch(8, 700, "triton_red_fused__log_softmax_2", 350, 50),
     event("gpu_memset", "Memset (Device)", 390, 10, 7),
 ]
 OF_GPU = {
     "FSDP copies and casts": 10, "dense GEMM": 100, "grouped GEMM": 40, "communication": 30,
-    "clip and optimizer": 20, "attention": 25, "loss": 50, "norms and elementwise": 15,
+    "clip and optimizer": 20, "attention": 20, "scales and casts to float8": 5, "loss": 50, "norms and elementwise": 15,
 }  # fmt: skip
 CPU_STEP = [
     event("user_annotation", "ProfilerStep#10", 0, 200),

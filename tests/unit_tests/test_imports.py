@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "models": LEAVES,
     "distributed": LEAVES,
     "data": LEAVES | MESH,
-    "optim": LEAVES | MESH,
+    "optim": LEAVES | MESH | {"distributed.cast_copy"},
     "checkpoint": LEAVES | MESH,
     "quantization": LEAVES | MESH,
     "observability": LEAVES | MESH,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from torchtitan.sequence_part import SequencePart
+from torchtitan.sequence_part import WHOLE, SequencePart
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained on."""
@@ -26,8 +26,10 @@ class Batch:
 
     def cut(self, part: SequencePart) -> "Batch":
         """This part of every sequence; the document lengths stay those of whole sequences."""
+        if part == WHOLE:
+            return self
         tokens, labels = part.cut(self.tokens), part.cut(self.labels)
-        num_valid_tokens = int((labels != IGNORE_INDEX).sum())
+        num_valid_tokens = int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
         return replace(self, tokens=tokens, labels=labels, num_valid_tokens=num_valid_tokens)
 
 

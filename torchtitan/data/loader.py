@@ -80,7 +80,7 @@ class Loader:
             generator=torch.Generator(),  # the default would draw from the global one
         )
         self._iterator: Iterator[_Rows] | None = None
-        self._ahead: list[_Rows] = []  # what the next batch is made of, where it was prefetched
+        self._ahead: tuple[Batch, dict[int, Any]] | None = None  # the next batch, and the places after it
         self._states = stream.states
 
     def __iter__(self) -> "Loader":
@@ -90,18 +90,19 @@ class Loader:
         """Prepare the next batch while the device has other work; it counts once handed out."""
         if self._iterator is None:  # not before: workers start from the state loaded by now
             self._iterator = iter(self._loader)
-        if not self._ahead:
-            self._ahead = [next(self._iterator) for _ in range(max(1, self._num_workers))]
+        if self._ahead is None:
+            parts = [next(self._iterator) for _ in range(max(1, self._num_workers))]
+            states = {slot: state for part in parts for slot, state in part.states.items()}
+            self._ahead = self._joined(parts), states
 
     def __next__(self) -> Batch:
         self.prefetch()
-        parts, self._ahead = self._ahead, []
-        self._states = {slot: state for part in parts for slot, state in part.states.items()}
-        return self._joined(parts)
+        (batch, self._states), self._ahead = self._ahead, None
+        return batch
 
     def restart(self) -> None:
         """Go back to where the loader began: the start of the data, or the state loaded."""
-        self._iterator, self._ahead = None, []
+        self._iterator, self._ahead = None, None
         self._states = self._stream.states
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,8 +129,9 @@ class Loader:
         )
         lengths: list[list[int]] = [[]] * num_rows
         for worker, part in enumerate(parts):
-            tokens[worker :: len(parts)] = torch.from_numpy(part.tokens)
-            labels[worker :: len(parts)] = torch.from_numpy(part.labels)
+            # By NumPy: torch would wake many threads for it, which takes longer, milliseconds at times.
+            tokens.numpy()[worker :: len(parts)] = part.tokens
+            labels.numpy()[worker :: len(parts)] = part.labels
             lengths[worker :: len(parts)] = part.document_lengths
         return Batch(
             tokens=tokens,

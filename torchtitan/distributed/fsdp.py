@@ -5,7 +5,7 @@ weights where they are used. Every reduction is a SUM: the loss is already divid
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,24 +69,27 @@ def apply_fsdp(
     """
     dense = meshes.dense
     pipelined = dense["pp"].size() > 1
+    by_itself = partial(_compute_by_itself, model, precision=precision, kept=not pipelined)
     if dense.size() == dense["pp"].size() and not offload:
-        if precision.compute != precision.store:
-            use_cast_parameters(model, precision.compute)
+        by_itself(model.modules())
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
     pin = dense.device_type == "cuda"
     offloads = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
-    shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads)
-
     mesh = _data_parallel(dense, "fsdp")
     of_experts = mesh if meshes.experts is None else _data_parallel(meshes.experts, "efsdp")
-    weights = {id(w) for name in experts for w in model.get_submodule(name).parameters()}
+    weights = {w for name in experts for w in model.get_submodule(name).parameters()}
+    alone = not offload and _alone(of_experts, meshes)
+    if alone:
+        by_itself([model.get_submodule(name) for name in experts])
+    ignored = weights if alone else set()
+    shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads, ignored_params=ignored)
     placement = partial(_expert_placement, weights, of_experts.size(-1))
     for unit in units:
         frees = reshard == "always"
         frees |= reshard == "default" and not pipelined and unit is not units[-1]
-        if of_experts is not mesh:
+        if of_experts is not mesh and not alone:
             for name in _inside(unit, experts):
                 module = model.get_submodule(name)
                 shard(module, mesh=of_experts, reshard_after_forward=frees, shard_placement_fn=placement)
@@ -108,9 +111,28 @@ def _inside(unit: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name.startswith(f"{part}.") for part in unit)]
 
 
-def _expert_placement(weights: set[int], num_ranks: int, weight: nn.Parameter) -> Shard | None:
+def _alone(of_experts: DeviceMesh, meshes: Meshes) -> bool:
+    """Whether one rank has a part of the experts, and all of its gradient: there is nothing to share."""
+    experts = meshes.experts
+    return experts is not None and of_experts.size() == experts["etp"].size() == 1
+
+
+def _compute_by_itself(
+    model: nn.Module, modules: Iterable[nn.Module], precision: Precision, kept: bool
+) -> None:
+    """Have modules of `model` whose weights no other rank shares compute in the run's precision.
+
+    A pipeline keeps no copies: its split backward looks for gradients at the parameters themselves.
+    """
+    if precision.compute != precision.store:
+        use_cast_parameters(model, modules, precision.compute, kept)
+
+
+def _expert_placement(
+    weights: set[nn.Parameter], num_ranks: int, weight: nn.Parameter
+) -> Shard | None:
     """Experts are sharded by expert; where that leaves ranks without any, along their hidden width."""
-    if id(weight) not in weights:
+    if weight not in weights:
         return None
     local = local_part(weight)
     hidden = local.shape[EXPERT_HIDDEN_DIM:][:1]  # the output's bias has none

@@ -3,13 +3,18 @@
 `named_parameters`, optimizers and checkpoints see the parameters themselves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
+
+from torchtitan.distributed.cast_copy import cast_copy, is_plain, keep_copy
+from torchtitan.distributed.mesh import local_part
 
 
 def use_local_parameters(
@@ -27,16 +32,38 @@ def use_local_parameters(
     _show(module, {n: _Local(tuple(where), terms.get(n, 1)) for n, where in grad_placements.items()})
 
 
-def use_cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make all modules of `model` compute with copies of their parameters in `dtype`, in place.
+def use_cast_parameters(
+    model: nn.Module, modules: Iterable[nn.Module], dtype: torch.dtype, kept: bool
+) -> None:
+    """Make these modules of `model` compute with copies of their parameters in `dtype`, in place.
 
-    Gradients arrive in the parameters' own dtype, and add up in it. A copy is made at each use, in a
-    compiled block by one of its kernels: what FSDP does on a single rank takes three times the traffic.
+    Gradients add up in the parameters' own dtype. Where copies are not `kept`, one is made at each use,
+    in a compiled block by one of its kernels: what FSDP does on a single rank takes three times the
+    traffic. Kept, they are made anew where a parameter has changed; see `CastCopy`. Parameters with
+    several uses, and wrappers of torchao, are cast at each use in any case.
     """
-    for module in model.modules():
-        names = [name for name, parameter in module._parameters.items() if parameter is not None]
-        if names:
-            _show(module, dict.fromkeys(names, _Cast(dtype)))
+    named = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+    uses = Counter(id(parameter) for _, _, parameter in named)
+    views: dict[nn.Module, dict[str, View]] = {}
+    places = []
+    for module, name, parameter in named:
+        keeps = kept and uses[id(parameter)] == 1 and is_plain(local_part(parameter))
+        views.setdefault(module, {})[name] = _Kept() if keeps else _Cast(dtype)
+        places += [(module, name)] if keeps else []
+    for module, of_module in views.items():
+        _show(module, of_module)
+        module._cast_copies = {}
+    if places:
+        model.register_forward_pre_hook(lambda *_: _refresh(places, dtype))
+
+
+def _refresh(places: Sequence[tuple[nn.Module, str]], dtype: torch.dtype) -> None:
+    for module, name in places:
+        parameter = module._parameters[name]
+        if (copy := cast_copy(parameter)) is None:
+            copy = keep_copy(parameter, dtype)
+            module._cast_copies[name] = copy.tensor
+        copy.refresh()
 
 
 @dataclass(frozen=True)
@@ -44,7 +71,8 @@ class _Local:
     grad_placements: tuple[Placement, ...]
     terms: int
 
-    def __call__(self, parameter: nn.Parameter) -> torch.Tensor:
+    def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
+        parameter = module._parameters[name]
         # What FSDP has sharded, outside of forward, is on more mesh axes; it looks at that itself.
         if len(parameter.placements) > len(self.grad_placements):
             return parameter
@@ -56,11 +84,21 @@ class _Local:
 class _Cast:
     dtype: torch.dtype
 
-    def __call__(self, parameter: nn.Parameter) -> torch.Tensor:
+    def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
+        parameter = module._parameters[name]
+        if isinstance(parameter, DTensor):
+            parameter = parameter.to_local()
         return parameter.to(self.dtype)
 
 
-View = Callable[[nn.Parameter], torch.Tensor]
+@dataclass(frozen=True)
+class _Kept:
+    def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
+        # Before the first forward there are none, and who asks wants a shape.
+        return module._cast_copies.get(name, module._parameters[name])
+
+
+View = Callable[[nn.Module, str], torch.Tensor]
 
 
 def _show(module: nn.Module, views: Mapping[str, View]) -> None:
@@ -73,4 +111,4 @@ def _with_views(owner: type[nn.Module], views: tuple[tuple[str, View], ...]) -> 
 
 
 def _shown(name: str, view: View) -> property:
-    return property(lambda self: view(self._parameters[name]))
+    return property(lambda self: view(self, name))

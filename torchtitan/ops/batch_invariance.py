@@ -9,10 +9,18 @@ computed for each document by itself (models/attention_mask.py), experts by the 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # no public name in 2.11 and 2.13
 
+from torchtitan.ops import wide_linear  # noqa: F401: registers the operators that are replaced here
 from torchtitan.ops.row_products import one_thread, product
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default}
+_WIDE = {
+    torch.ops.torchtitan.wide_linear.default: lambda x, weight: product(x.float(), weight.t().float()),
+    torch.ops.torchtitan.wide_linear_backward.default: lambda grad, x, weight: (
+        product(grad, weight.float()).to(x.dtype),
+        (grad.t() @ x.float()).to(weight.dtype),
+    ),
+}
 _POINTWISE = {_aten.silu.default, _aten.sigmoid.default, _aten.rsqrt.default}
 _VECTORS = 64
 """Numbers that CPUs compute at a time, at most: two AVX-512 vectors of bf16."""
@@ -27,6 +35,8 @@ class BatchInvariance(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _PRODUCTS:
             return _add_product(func, *args, **(kwargs or {}))
+        if func in _WIDE:
+            return _WIDE[func](*args)
         if func in _POINTWISE and args[0].device.type == "cpu":
             return _in_whole_vectors(func, args[0])
         return func(*args, **(kwargs or {}))

@@ -130,6 +130,7 @@ def _fused() -> Kernels:
 
     return replace(
         _on_gpu(GROUPED_MM),
+        rows=products.rows,
         weights=weights,
         operand=lambda rows: rows,
         up=lambda a, *others: products.up(*split(a), *others),

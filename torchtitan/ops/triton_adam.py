@@ -29,17 +29,20 @@ def update_(
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
+    copy: torch.Tensor | None,
     step: torch.Tensor,
     factor: torch.Tensor,
     of: Hyperparameters,
 ) -> None:
     """One step in place, as torch.optim's, of fp32 tensors (contiguous, equal in size).
 
-    step () fp32 is this step's number, 1 at first. The gradient counts times factor () fp32, and is
-    not changed.
+    The gradient may have another dtype and other strides; it counts times factor () fp32, and is not
+    changed. `copy`, of any dtype, becomes a copy of the weight. step () fp32 is this step's number, 1 at
+    first.
     """
-    tensors = (weight, grad, exp_avg, exp_avg_sq)
-    assert all(tensor.is_contiguous() for tensor in tensors), [tensor.stride() for tensor in tensors]
+    tensors = (weight, grad.contiguous(), exp_avg, exp_avg_sq, copy)
+    strides = [tensor.stride() for tensor in tensors if tensor is not None]
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors), strides
     if not weight.numel():
         return
     logs = [math.log(beta) if beta else -math.inf for beta in (of.beta1, of.beta2)]
@@ -53,6 +56,7 @@ def _update(
     grads,
     averages,
     squares,
+    copies,
     step,
     factor,
     lr,
@@ -73,7 +77,7 @@ def _update(
     of_average = (1.0 - tl.exp(number * log_beta1)).to(tl.float32)
     of_square = tl.sqrt(1.0 - tl.exp(number * log_beta2)).to(tl.float32)
     weight = tl.load(weights + at, inside, other=0.0)
-    grad = tl.load(grads + at, inside, other=0.0) * tl.load(factor)
+    grad = tl.load(grads + at, inside, other=0.0).to(tl.float32) * tl.load(factor)
     if decoupled:
         weight = weight * (1.0 - lr * weight_decay)
     else:
@@ -83,5 +87,7 @@ def _update(
     square = tl.load(squares + at, inside, other=0.0) * beta2 + grad * grad * (1.0 - beta2)
     weight -= lr / of_average * average / (tl.sqrt(square) / of_square + eps)
     tl.store(weights + at, weight, inside)
+    if copies is not None:
+        tl.store(copies + at, weight.to(copies.dtype.element_ty), inside)
     tl.store(averages + at, average, inside)
     tl.store(squares + at, square, inside)

@@ -41,7 +41,7 @@ def up(
     num_experts, _, width, dim = w13.shape
     num_rows = len(x if index is None else index)
     z, act = x.new_empty(num_rows, 2 * width), x.new_empty(num_rows, width)
-    tiles = _tiles(counts, num_rows)
+    tiles, _ = _tiles(counts, num_rows)
     w13 = _tma(w13.reshape(-1, dim), BLOCK, _STEP)
     grid = (len(tiles) * (width // BLOCK),)
     _grouped_up[grid](
@@ -49,6 +49,25 @@ def up(
         dim, width, BLOCK, _STEP, num_warps=8, num_stages=4,
     )  # fmt: skip
     return z, act
+
+
+def rows(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """As `Kernels.rows`: a (R, K), b (e, K, N) with K or N contiguous -> (R, N)."""
+    _, depth, width = b.shape
+    out = a.new_empty(len(a), width)
+    tiles, num_tiles = _tiles(counts, len(a))
+    by_column = b.stride(1) == 1
+    if by_column:
+        b = _tma(b.mT.reshape(-1, depth), _WIDE, _STEP)
+    else:
+        b = _tma(b.reshape(-1, width), _STEP, _WIDE)
+    # One program a multiprocessor: it loads for its next tile while it stores the last one.
+    programs = torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+    _grouped_rows[(programs,)](
+        _tma(a, BLOCK, _STEP), b, tiles, num_tiles, out,
+        depth, width, by_column, BLOCK, _WIDE, _STEP, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out
 
 
 def down_backward(
@@ -65,7 +84,7 @@ def down_backward(
     num_rows, num_columns = len(z), width // BLOCK
     act, d_z = z.new_empty(num_rows, width), torch.empty_like(z)
     d_scores = None if scores is None else scores.new_empty(num_columns, num_rows)
-    tiles = _tiles(counts, num_rows)
+    tiles, _ = _tiles(counts, num_rows)
     # Two programs a multiprocessor: one multiplies while the other one gates.
     _grouped_down_backward[(len(tiles) * num_columns,)](
         d_y, index, _tma(w2.reshape(-1, width), _STEP, BLOCK), tiles, z, scores, act, d_z, d_scores,
@@ -97,24 +116,26 @@ def _tma(matrix: torch.Tensor, height: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [height, width])
 
 
-def _tiles(counts: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Where `BLOCK` rows of one expert lie: (number of tiles, 3) int32 of expert, first row, stop.
+def _tiles(counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where `BLOCK` rows of one expert lie: (tiles, 3) int32 of expert, first row, stop; and how many.
 
-    As many tiles as there can be, however rows are spread: the host does not know the counts. Those
-    that there are not stop at 0.
+    The host does not know the counts: there is room for as many tiles as there can be, however rows
+    are spread, and those that there are not stop at 0. Their number is (1,) int32.
     """
     num_tiles = triton.cdiv(num_rows, BLOCK) + len(counts)
     tiles = torch.empty(num_tiles, 3, dtype=torch.int32, device=counts.device)
+    num_used = torch.empty(1, dtype=torch.int32, device=counts.device)
     experts, programs = triton.next_power_of_2(len(counts)), 32
     grid = (triton.cdiv(num_tiles, programs),)
-    _fill_tiles[grid](counts, tiles, len(counts), num_tiles, experts, BLOCK, programs)
-    return tiles
+    _fill_tiles[grid](counts, tiles, num_used, len(counts), num_tiles, experts, BLOCK, programs)
+    return tiles, num_used
 
 
 @triton.jit
 def _fill_tiles(
     counts,
     tiles,
+    num_used,
     num_experts,
     num_tiles,
     experts: tl.constexpr,
@@ -131,6 +152,7 @@ def _fill_tiles(
     of_expert = tile - tl.sum(tl.where(is_mine, (ends - num_of_expert)[None, :], 0), axis=1)
     stop = tl.sum(tl.where(is_mine, tl.cumsum(count)[None, :], 0), axis=1)
     start = stop - tl.sum(tl.where(is_mine, count[None, :], 0), axis=1)
+    tl.store(num_used, tl.sum(num_of_expert))  # all programs the same
     inside = tile < num_tiles
     tl.store(tiles + tile * 3, mine, inside)
     tl.store(tiles + tile * 3 + 1, start + of_expert * block, inside)
@@ -257,6 +279,38 @@ def _halves(tile):
     height: tl.constexpr = tile.shape[0]
     half: tl.constexpr = tile.shape[1] // 2
     return tl.split(tile.reshape(height, 2, half).permute(0, 2, 1))
+
+
+@triton.jit
+def _grouped_rows(
+    a,
+    b,
+    tiles,
+    num_tiles,
+    out,
+    depth: tl.constexpr,
+    width: tl.constexpr,
+    by_column: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+    step: tl.constexpr,
+):
+    num_columns: tl.constexpr = (width + wide - 1) // wide
+    stop_at = tl.load(num_tiles) * num_columns
+    for place in tl.range(tl.program_id(0), stop_at, tl.num_programs(0), flatten=True):
+        tile, column = place // num_columns, place % num_columns * wide
+        expert, first, stop = _tile(tiles, tile)
+        total = tl.zeros([block, wide], dtype=tl.float32)
+        for k in range(0, depth, step):
+            if by_column:
+                matrix = b.load([expert * width + column, k]).T
+            else:
+                matrix = b.load([expert * depth + k, column])
+            total = tl.dot(a.load([first, k]), matrix, total)
+        row = first + tl.arange(0, block)
+        columns = column + tl.arange(0, wide)[None, :]
+        at = out + row.to(tl.int64)[:, None] * width + columns
+        tl.store(at, total.to(out.dtype.element_ty), (row < stop)[:, None] & (columns < width))
 
 
 @triton.jit

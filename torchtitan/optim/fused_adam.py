@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 
+from torchtitan.distributed.cast_copy import cast_copy, is_plain
 from torchtitan.distributed.mesh import local_part
 
 
@@ -12,6 +14,7 @@ class FusedAdamW(AdamW):
 
     An update moves 28 bytes a number; clipping before it, and torch's kernel, 40. `gradient_factor`, a
     scalar fp32 tensor, is what one step, the next, multiplies gradients by, which stay as they are.
+    Gradients may be bf16; kept copies of parameters (`CastCopy`) are written with them.
     """
 
     gradient_factor: torch.Tensor | None = None
@@ -34,10 +37,15 @@ class FusedAdamW(AdamW):
                 group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.decoupled
             )
             for param, state in zip(params, states, strict=True):
-                weight, grad, *moments = map(
-                    local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+                tensors = map(local_part, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+                copy = cast_copy(param)
+                triton_adam.update_(
+                    *tensors, copy and copy.tensor, step=state["step"], factor=factor, of=of
                 )
-                triton_adam.update_(weight, grad.contiguous(), *moments, state["step"], factor, of)
+                if copy is None:
+                    increment_version(param)  # kernels of our own do not
+                else:
+                    copy.written()
 
 
 class FusedAdam(FusedAdamW):
@@ -49,7 +57,7 @@ class FusedAdam(FusedAdamW):
 def takes(params: list[nn.Parameter]) -> bool:
     """Whether the kernel can update them: it reads memory, which torchao's wrappers of weights have not."""
     return all(
-        type(part) in (torch.Tensor, nn.Parameter)
+        is_plain(part)
         and part.is_cuda
         and part.dtype == torch.float32
         and part.is_contiguous()

@@ -1,9 +1,11 @@
 """How the optimizer is built, by its name; its state is complete from the first step on."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.optim import Adam, AdamW
 
 from torchtitan.config.schema import Optimizer as OptimizerConfig
@@ -57,6 +59,9 @@ def build_optimizer(
     """
     groups = parameter_groups(named_parameters, config)
     parts = [_build(name, some, config, dtype, seed) for name, some in groups.items()]
+    for part in parts:
+        if not isinstance(part, FusedAdamW):
+            part.register_step_post_hook(_tell_of_change)
     optimizer = parts[0] if len(parts) == 1 else Optimizers(parts)
     set_learning_rate(optimizer, config.lr)
     return optimizer
@@ -84,6 +89,12 @@ def _build(
     optimizer = classes[name](groups, **adams, **kernels)
     materialize_state(optimizer)
     return optimizer
+
+
+def _tell_of_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Copies of weights follow the changes that autograd counts; it does not count torch's fused kernels'."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
 
 
 @torch.no_grad()
@@ -117,9 +128,12 @@ def take_step(optimizer: AnyOptimizer, factor: torch.Tensor) -> None:
 
 
 def _scale_gradients(optimizer: torch.optim.Optimizer, factor: torch.Tensor) -> None:
+    """In place, in the parameters' own dtype, which optimizers expect."""
     parameters = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = [param.grad for param in parameters if param.grad is not None]
-    for some in by_mesh(grads, key=lambda grad: grad):
+    with_grads = [param for param in parameters if param.grad is not None]
+    for param in with_grads:
+        param.grad = param.grad.to(param.dtype)
+    for some in by_mesh([param.grad for param in with_grads], key=lambda grad: grad):
         torch._foreach_mul_(some, factor.to(some[0].device))
 
 

@@ -13,6 +13,7 @@ from torchtitan import routing
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.ops.top_k import top_k
+from torchtitan.ops.wide_linear import wide_linear
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,12 @@ class TokenChoiceTopKRouter(nn.Module):
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         if not self.config.router_in_fp32:
             return _wide(self.gate(x))
-        bias = self.gate.bias
-        return F.linear(_wide(x), _wide(self.gate.weight), None if bias is None else _wide(bias))
+        weight, bias = self.gate.weight, self.gate.bias
+        if x.dtype == weight.dtype == torch.bfloat16:
+            logits = wide_linear(x, weight)
+        else:
+            logits = F.linear(_wide(x), _wide(weight))
+        return logits if bias is None else logits + bias
 
     def _score(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.softmax(-1) if self.config.score_func == "softmax" else logits.sigmoid()
