@@ -1,6 +1,7 @@
 """MoE models on every layout have the weights, gradients and statistics of one process."""
 
 import pytest
+import torch
 
 from tests.distributed_tests.test_data_parallel import (
     SEQUENCES,
@@ -92,3 +93,19 @@ def test_gradients_equal_one_process(references, name):
     ranks = run_ranks(gradients_of_all, world_size, MODELS, config, microbatches, timeout=180)
     for i, reference in enumerate(references):
         assert_equal_on_all_ranks(reference, [rank[i] for rank in ranks])
+
+
+@pytest.mark.parametrize("options", [{}, {"compiled": True}, BY_OP], ids=["eager", "compile", "by-op ac"])
+def test_experts_of_one_rank_alone_compute_in_bfloat16_as_one_process_does(options):
+    model, bfloat16 = moe(), {"mixed_precision_param": "bfloat16"}
+    batch = {"global_batch_size": SEQUENCES, "local_batch_size": 1} | bfloat16
+    alone = job(training=batch, **options)
+    spread = job(tp={"expert_parallel_degree": 2}, training=batch, **options)
+    _, expected, loss, norm = run_ranks(gradients, 1, model, alone)[0]
+    for ranks in (run_ranks(gradients, 2, model, spread), run_ranks(gradients, 2, model, spread, 3)):
+        assert ranks[0][2:] == ranks[1][2:]
+        assert ranks[0][2] == pytest.approx(loss, rel=1e-3)
+        assert ranks[0][3] == pytest.approx(norm, rel=1e-2)
+        for key, grad in ranks[0][1].items():
+            assert (grad.float() - expected[key]).norm() < 4e-2 * expected[key].float().norm(), key
+    assert ranks[0][1]["layers.1.moe.experts.w2"].dtype == torch.float32  # of three microbatches
