@@ -50,7 +50,8 @@ class _Deciding(AbstractContextManager):
 
 
 def once(compute: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """compute(), or in a recomputation what it returned before. For use inside of operators."""
+    """compute(), or in a recomputation what it returned before. For use where no compiler looks: inside of
+    operators, and in exchanges between ranks."""
     decisions = _DECISIONS.get()
     if decisions is None:
         return compute()
@@ -231,3 +232,18 @@ def weight(rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 def collect(y: torch.Tensor, order: RowOrder) -> torch.Tensor:
     """The transpose of `spread`: out[t] = sum over k of y[rows[t, k]], in fp32, rounded once."""
     return _Collect.apply(y, order.tokens, order.rows, order.gaps)
+
+
+class WholeDispatch:
+    """A token dispatcher whose `start` does all of `dispatch`: nothing is on its way meanwhile."""
+
+    def start(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> tuple:
+        return self.dispatch(x, top_scores, selected_experts_indices)
+
+    def finish(self, started: tuple) -> tuple:
+        return started

@@ -74,7 +74,7 @@ def run(module, x, scores, ids, params):
 
 def check_groups(module, rows, counts, metadata):
     """Where rows are aligned, those that nobody sent are zeros of score zero."""
-    received, scores = sum(metadata.exchange.num_received), metadata.routed_scores
+    received, scores = sum(metadata.exchange.splits.num_received), metadata.routed_scores
     if not isinstance(module, TorchAOTokenDispatcher):
         assert counts.sum() == len(rows) == received
         return
@@ -200,18 +200,13 @@ def count_collectives(alignment):
     module = dispatcher(alignment=alignment)
     params = weights()
     x, scores, ids = inputs(5, "uniform", dist.get_rank())
-    counted = CommDebugMode()
-    operators = torch.ops.torchtitan
-    counted.comm_registry |= {operators.exchange_counts, operators.exchange_rows}
-    with counted:
+    all_to_all = torch.ops.c10d_functional.all_to_all_single
+    with CommDebugMode() as counted:
         out = run(module, x, scores, ids, params)
-    assert counted.get_comm_counts() == {
-        operators.exchange_counts: 1,
-        operators.exchange_rows: 2,
-    }
-    with counted:
+    assert counted.get_comm_counts() == {all_to_all: 1 + 2}
+    with CommDebugMode() as counted:
         out.sum().backward()
-    assert counted.get_comm_counts() == {operators.exchange_rows: 2}
+    assert counted.get_comm_counts() == {all_to_all: 2}
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)

@@ -57,10 +57,9 @@ def collectives(config, model_config, microbatches=1, steps=1):
 
 
 def counting():
-    """Counts exchanges of experts' rows and of sequences' parts too."""
+    """Counts exchanges of sequences' parts too."""
     mode = CommDebugMode()
-    ours = ("exchange_counts", "exchange_rows", *CONTEXT)
-    mode.comm_registry |= {getattr(torch.ops.torchtitan, name) for name in ours}
+    mode.comm_registry |= {getattr(torch.ops.torchtitan, name) for name in CONTEXT}
     return mode
 
 

@@ -73,6 +73,7 @@ def routed_rows(model_config, config, sizes):
     degrees, model = build(replace(model_config, moe=_reference(model_config.moe)), config)
     model(torch.zeros(1, 1, dtype=torch.int64))  # experts are inside of FSDP's model
     moe = model.layers[str(model_config.n_layers - 1)].moe
+    moe.shared_experts = None
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(max(sizes), model_config.dim, generator=draw)
     scores = torch.rand(max(sizes), model_config.moe.top_k, generator=draw)
@@ -81,7 +82,7 @@ def routed_rows(model_config, config, sizes):
     found = []
     for size in sizes:
         leaves = x[:size].clone().requires_grad_(), scores[:size].clone().requires_grad_()
-        out = moe.routed(*leaves, ids[:size])
+        out = moe.apply_experts(*leaves, ids[:size])
         results = [out.detach().clone(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
         for result in results if degrees.tp > 1 else ():
             dist.all_reduce(result)

@@ -15,8 +15,9 @@ def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile, 
     The loss from chunks of logits is a kernel already; only that of split logits is compiled.
 
     `place` is this rank's in the layout; code cached by another place is not taken for its own.
-    `exchanging` are the MoE layers (module names) that send rows to other ranks. Their routed part
-    stays out of the graph: its shapes follow the data, and experts have FSDP hooks of their own.
+    `exchanging` are the MoE layers (module names) that send rows to other ranks. Their experts stay out
+    of the block's graph: shapes follow the data, and experts have FSDP hooks of their own. The shared
+    experts, which compute between sending and receiving, are a graph by themselves.
     """
     if not config.enable:
         return
@@ -27,7 +28,9 @@ def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile, 
     if "model" in config.components:
         for name in exchanging:
             layer = model.get_submodule(name)
-            layer.routed = torch.compiler.disable(layer.routed)
+            layer.apply_experts = torch.compiler.disable(layer.apply_experts)
+            if (shared := layer.shared_experts) is not None:
+                shared.forward = torch.compile(shared.forward, backend=config.backend, fullgraph=True)
         for name, block in model.layers.items():
             whole = not any(layer.startswith(f"layers.{name}.") for layer in exchanging)
             # Not block.compile(): that would put the hooks FSDP adds later inside the graph.

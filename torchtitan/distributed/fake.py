@@ -16,8 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan.routing import repeats
-
 _KINDS = {
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
@@ -30,8 +28,6 @@ _KINDS = {
     "_c10d_functional::reduce_scatter_tensor": "reduce_scatter",
     "_c10d_functional::all_reduce": "all_reduce",
     "_c10d_functional::all_to_all_single": "all_to_all",
-    "torchtitan::exchange_counts": "all_to_all",
-    "torchtitan::exchange_rows": "all_to_all",
     "torchtitan::exchange_tokens": "all_to_all",
     "torchtitan::gather_tokens": "all_gather",
     "torchtitan::sum_tokens": "reduce_scatter",
@@ -82,17 +78,12 @@ class CollectiveCounter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does by itself comes here
         name = func.name()
-        if (kind := _KINDS.get(name)) and not _is_repeated(name):
+        if kind := _KINDS.get(name):
             key = kind, _ranks((*args, *(kwargs or {}).values()))
             self.calls[key] += 1
             given = args[name in _OUTPUT_FIRST]
             self.bytes[key] += (given[0] if isinstance(given, list | tuple) else given).nbytes
         return func(*args, **(kwargs or {}))
-
-
-def _is_repeated(operator: str) -> bool:
-    """Whether a recomputation has the result already, and asks nobody."""
-    return operator == "torchtitan::exchange_counts" and repeats()
 
 
 def _ranks(arguments: tuple[Any, ...]) -> Ranks:

@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan import routing
-from torchtitan.distributed.comm import register_group
 from torchtitan.distributed.expert_parallel.exchange import (
     Exchange,
+    Flight,
+    Splits,
+    arrive,
+    depart,
     exchange_counts,
     from_experts,
-    to_experts,
+    pack,
 )
 from torchtitan.routing import RowOrder
 
@@ -33,6 +36,19 @@ class AllToAllMetadata:
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
 
 
+@dataclass(frozen=True)
+class Dispatching:
+    """Rows on their way, between `start` and `finish`."""
+
+    original_num_tokens: int
+    """T, before any padding."""
+    order: RowOrder
+    received: torch.Tensor
+    """(ranks, e) int64: rows that each rank has for each local expert."""
+    splits: Splits
+    flight: Flight
+
+
 class AllToAllTokenDispatcher:
     """Sends each routed row to the rank of `ep_mesh` that owns its expert.
 
@@ -42,6 +58,7 @@ class AllToAllTokenDispatcher:
     """
 
     received_bytes_limit = float("inf")
+    exchange_in_float8 = False
 
     def __init__(
         self,
@@ -56,7 +73,7 @@ class AllToAllTokenDispatcher:
         self.score_before_experts = score_before_experts
         self.sp_size = sp_size
         self.sp_rank = sp_rank
-        self.group = register_group(ep_mesh.get_group())
+        self.group = ep_mesh.get_group().group_name
         self.peak_received_bytes = 0  # of one dispatch, since whoever reports it set this to 0
 
     def dispatch(
@@ -70,18 +87,38 @@ class AllToAllTokenDispatcher:
         Returns routed_input (R, D) sorted by local expert, num_tokens_per_expert (e,) int64, metadata.
         One device-to-host copy: of how many rows go to and come from each rank.
         """
+        return self.finish(self.start(x, top_scores, selected_experts_indices))
+
+    def start(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> Dispatching:
+        """Launch what `dispatch` brings; rows are made ready while row counts are exchanged."""
         num_tokens = len(x)
         x, scores, expert_ids = self._split_along_sp(x, top_scores, selected_experts_indices)
-        order = routing.sort_by_expert(expert_ids)
         counts = routing.count_tokens(expert_ids, self.num_experts)
-        received, splits = exchange_counts(counts, self.ep_mesh.size(), self.group)
-        exchange = Exchange.of(received, splits, expert_ids.numel(), self.group)
+        receive_counts = exchange_counts(counts, self.ep_mesh.size(), self.group)
+        order = routing.sort_by_expert(expert_ids)
+        packed = pack(x, scores, order, self.exchange_in_float8)
+        received, totals = receive_counts()
+        splits = Splits.of(totals, expert_ids.numel(), self.group)
+        flight = depart(x, scores, packed, order, splits)
+        return Dispatching(num_tokens, order, received, splits, flight)
+
+    def finish(
+        self, started: Dispatching
+    ) -> tuple[torch.Tensor, torch.Tensor, AllToAllMetadata]:
+        """Wait for the rows; returns what `dispatch` does."""
+        order, received = started.order, started.received
+        exchange = Exchange.of(received, started.splits, self.exchange_in_float8)
         counts, exchange = self._arrange(received.sum(0), exchange)
-        rows, scores = to_experts(x, scores, order, exchange)
+        rows, scores = arrive(started.flight, exchange)
         self.peak_received_bytes = max(self.peak_received_bytes, rows.nbytes)
         if self.score_before_experts:
             rows, scores = routing.weight(rows, scores), None
-        metadata = AllToAllMetadata(num_tokens, order, exchange, scores)
+        metadata = AllToAllMetadata(started.original_num_tokens, order, exchange, scores)
         return rows, counts, metadata
 
     def combine(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from torchtitan import routing
 from torchtitan.distributed.expert_parallel.slices import in_place, own_slice
-from torchtitan.routing import RowOrder, once
+from torchtitan.routing import RowOrder, WholeDispatch, once
 
 Handle = tuple[torch.Tensor, ...]
 """DeepEP's own notes of who sent what to whom."""
@@ -48,7 +48,7 @@ class DeepEPMetadata:
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
 
 
-class DeepEPTokenDispatcher:
+class DeepEPTokenDispatcher(WholeDispatch):
     """Sends tokens through a `deep_ep.Buffer`, and expands them to rows on the rank of their experts.
 
     Sums over a token's rows on one rank are rounded before they travel back. With sp_size > 1 all

@@ -15,6 +15,7 @@ from torchtitan.distributed.expert_parallel.peer_exchange import (
     to_tokens,
 )
 from torchtitan.distributed.expert_parallel.slices import in_place, own_slice
+from torchtitan.routing import WholeDispatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SymmetricMemoryMetadata:
     """(R,) fp32, for the experts to weight with; None where `dispatch` already did."""
 
 
-class SymmetricMemoryTokenDispatcher:
+class SymmetricMemoryTokenDispatcher(WholeDispatch):
     """Takes the rows of this rank's experts out of all ranks' memory, and puts results back there.
 
     The host never learns how many rows there are: R is fixed, and what lies behind the last received

@@ -3,8 +3,6 @@
 e local experts, R rows received by this rank.
 """
 
-from dataclasses import replace
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -39,6 +37,6 @@ class TorchAOTokenDispatcher(AllToAllTokenDispatcher):
     def _arrange(
         self, counts: torch.Tensor, exchange: Exchange
     ) -> tuple[torch.Tensor, Exchange]:
-        alignment = Alignment.of(counts, sum(exchange.num_received), self.row_alignment)
-        exchange = replace(exchange.aligned(alignment), in_float8=self.exchange_in_float8)
-        return alignment.counts, exchange
+        num_received = sum(exchange.splits.num_received)
+        alignment = Alignment.of(counts, num_received, self.row_alignment)
+        return alignment.counts, exchange.aligned(alignment)

@@ -4,12 +4,12 @@ T tokens, K top-k, N = T * K routed rows, R rows that the experts get, D model, 
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from torchtitan import routing
-from torchtitan.routing import Alignment, RowOrder
+from torchtitan.routing import Alignment, RowOrder, WholeDispatch
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,19 @@ class TokenDispatcher(Protocol):
         """
         ...
 
+    def start(
+        self,
+        x: torch.Tensor,
+        top_scores: torch.Tensor,
+        selected_experts_indices: torch.Tensor,
+    ) -> Any:
+        """The first part of `dispatch`: rows may be on their way after it, while the caller computes."""
+        ...
+
+    def finish(self, started: Any) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
+        """The second part, of what `start` returned, once: what `dispatch` returns."""
+        ...
+
     def combine(
         self, routed_output: torch.Tensor, metadata: DispatchMetadata, x: torch.Tensor
     ) -> torch.Tensor:
@@ -48,7 +61,7 @@ class TokenDispatcher(Protocol):
         ...
 
 
-class LocalTokenDispatcher:
+class LocalTokenDispatcher(WholeDispatch):
     """Sorts rows by expert; nothing leaves the rank.
 
     With row_alignment > 1, rows of zeros with scores of zero fill each expert's rows up to a multiple

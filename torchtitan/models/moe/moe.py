@@ -99,10 +99,7 @@ class MoE(nn.Module):
             routing.record_load(self.tokens_per_expert, choice.selected_experts_indices)
             if self.config.has_balance_loss:
                 scores = with_loss(scores, self._balance_loss(choice, num_sequences=len(x)))
-        out = self.routed(tokens, scores, choice.selected_experts_indices)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(tokens)
-        return out.view_as(x)
+        return self.apply_experts(x, scores, choice.selected_experts_indices)
 
     def _balance_loss(self, choice: Routing, num_sequences: int) -> torch.Tensor:
         """This rank's part of the mean over the global batch's sequences."""
@@ -116,15 +113,28 @@ class MoE(nn.Module):
         )
         return loss / (self.sequences_per_step * self.load_copies)
 
-    def routed(
-        self, tokens: torch.Tensor, scores: torch.Tensor, expert_ids: torch.Tensor
+    def apply_experts(
+        self, x: torch.Tensor, scores: torch.Tensor, expert_ids: torch.Tensor
     ) -> torch.Tensor:
-        """The experts' weighted sum: tokens (T, D), scores and expert_ids (T, K) -> (T, D)."""
-        dispatcher = self.dispatcher
+        """The routed experts' weighted sum and the shared experts': x (..., D) -> (..., D).
+
+        scores and expert_ids (T, K). Between ranks rows are on their way while shared experts compute,
+        and so are gradients of rows in backward.
+        """
+        dispatcher, tokens = self.dispatcher, x.reshape(-1, x.shape[-1])
         if type(dispatcher) is LocalTokenDispatcher and not dispatcher.score_before_experts:
             # All experts are here: they gather their rows, and sum each token's, by themselves.
             order, counts, scores = dispatcher.sort(scores, expert_ids)
-            return self.experts(tokens, counts, scores, order)
-        rows, counts, metadata = dispatcher.dispatch(tokens, scores, expert_ids)
-        rows = self.experts(rows, counts, metadata.routed_scores)
-        return dispatcher.combine(rows, metadata, tokens)
+            out = self.experts(tokens, counts, scores, order)
+            shared = self._shared(tokens)
+        else:
+            started = dispatcher.start(tokens, scores, expert_ids)
+            shared = self._shared(tokens)
+            rows, counts, metadata = dispatcher.finish(started)
+            del started  # holds what came, as it came
+            rows = self.experts(rows, counts, metadata.routed_scores)
+            out = dispatcher.combine(rows, metadata, tokens)
+        return (out if shared is None else out + shared).view_as(x)
+
+    def _shared(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(tokens)
