@@ -4,8 +4,10 @@
     python scripts/benchmarks/dispatcher.py                   # one GPU: the local dispatcher
     python scripts/benchmarks/dispatcher.py --small           # a rehearsal on a CPU
 
-"exchange" is dispatch and combine alone, "layer" is with the experts between. T tokens of each rank,
-K experts a token, D model width, F expert width, E experts: qwen3 30B-A3B's, in bf16. "random" routing draws
+"exchange" is dispatch and combine alone, "layer" is with the experts between; "layer with shared" has
+shared experts too, which compute while rows are on their way, but for "standard, in one go", which
+waits for rows first. T tokens of each rank, K experts a token, D model width, F expert width, E experts:
+qwen3 30B-A3B's, in bf16; --shared_experts as wide as so many experts. "random" routing draws
 experts, "skewed" draws some twice as often as others. A measurement is of some layers in a row, as in a
 model: the host runs ahead of the GPU where nothing makes it wait. Dispatchers take turns; of each the
 slowest rank's median is shown, and its 10th and 90th percentile. GB/s counts the rows that leave a rank, with
@@ -30,10 +32,19 @@ from torchtitan.distributed.expert_parallel.all_to_all import AllToAllTokenDispa
 from torchtitan.distributed.expert_parallel.peer_exchange import PeerExchange, Sizes
 from torchtitan.distributed.expert_parallel.peer_memory import SymmetricMemory
 from torchtitan.distributed.expert_parallel.symmetric_memory import SymmetricMemoryTokenDispatcher
+from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
 from torchtitan.models.moe.experts import GroupedExperts
+from torchtitan.routing import WholeDispatch
 
 SMALL = {"tokens": 64, "top_k": 2, "dim": 64, "num_experts": 8, "ffn_dim": 32, "layers": 2}
+
+
+class InOneGo(WholeDispatch):
+    """Another dispatcher, of which nothing is on its way while the caller computes."""
+
+    def __init__(self, dispatcher: TokenDispatcher):
+        self.dispatch, self.combine = dispatcher.dispatch, dispatcher.combine
 
 
 def build(args: argparse.Namespace, device: torch.device) -> dict[str, TokenDispatcher]:
@@ -41,7 +52,8 @@ def build(args: argparse.Namespace, device: torch.device) -> dict[str, TokenDisp
     if world == 1:
         return {"local": LocalTokenDispatcher(args.num_experts, score_before_experts=False)}
     mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("ep",))
-    dispatchers = {"standard": AllToAllTokenDispatcher(mesh, args.num_experts, False)}
+    standard = AllToAllTokenDispatcher(mesh, args.num_experts, False)
+    dispatchers = {"standard": standard, "standard, in one go": InOneGo(standard)}
     open_memory = partial(SymmetricMemory, mesh.get_group())
     for factor in args.capacity_factors if device.type == "cuda" else ():
         sizes = Sizes(world, args.tokens, args.top_k, args.dim, args.num_experts, factor)
@@ -66,20 +78,26 @@ def draw(routing: str, args: argparse.Namespace, device: torch.device) -> list[t
 def layers_in_a_row(
     dispatcher: TokenDispatcher,
     experts: GroupedExperts | None,
+    shared: FeedForward | None,
     tensors: list[torch.Tensor],
     num_layers: int,
 ) -> Callable[[], torch.Tensor]:
     """Forward and backward, each layer by itself; returns the last one's gradient of x."""
     x, scores, ids = tensors
     leaves = [x, *([scores, *experts.parameters()] if experts else [])]
+    leaves += shared.parameters() if shared else []
     upstream = torch.randn_like(x)
 
     def run() -> torch.Tensor:
         for _ in range(num_layers):
-            rows, counts, metadata = dispatcher.dispatch(x, scores, ids)
+            started = dispatcher.start(x, scores, ids)
+            of_shared = shared(x) if shared else None
+            rows, counts, metadata = dispatcher.finish(started)
+            del started
             if experts is not None:
                 rows = experts(rows, counts, metadata.routed_scores)
             out = dispatcher.combine(rows, metadata, x)
+            out = out if of_shared is None else out + of_shared
             gradient, *_ = torch.autograd.grad(out, leaves, upstream)
         return gradient
 
@@ -97,12 +115,16 @@ def trace(work: Callable[[], object], device: str, file: Path) -> None:
 def measure(routing: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
     world, tensors = dist.get_world_size(), draw(routing, args, device)
     experts = GroupedExperts(args.dim, args.ffn_dim, args.num_experts // world, 0.02)
-    for weight in experts.to(device, torch.bfloat16).parameters():
-        torch.nn.init.normal_(weight, std=0.02)
+    shared = FeedForward(args.dim, args.shared_experts * args.ffn_dim, 0.02)
+    for module in (experts, shared):
+        for weight in module.to(device, torch.bfloat16).parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+    kinds = {"exchange": (None, None), "layer": (experts, None), "layer with shared": (experts, shared)}
     works = {
-        (what, name): layers_in_a_row(dispatcher, of, tensors, args.layers)
+        (what, name): layers_in_a_row(dispatcher, *parts, tensors, args.layers)
         for name, dispatcher in build(args, device).items()
-        for what, of in (("exchange", None), ("layer", experts))
+        for what, parts in kinds.items()
+        if what == "layer with shared" or not isinstance(dispatcher, InOneGo)
     }
     options = {"warm_up": args.warm_up, "rounds": args.rounds, "repeats": args.repeats}
     times = take_turns(works, device.type, **options)
@@ -144,6 +166,7 @@ def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     sizes = {"tokens": 16384, "top_k": 8, "dim": 2048, "num_experts": 128, "ffn_dim": 768}
+    sizes["shared_experts"] = 2
     for key, default in (sizes | {"layers": 8, "warm_up": 3, "rounds": 4, "repeats": 5}).items():
         parser.add_argument(f"--{key}", type=int, default=default)
     parser.add_argument("--routing", nargs="+", default=["random", "skewed"])

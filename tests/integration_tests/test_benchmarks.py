@@ -83,10 +83,11 @@ def test_dispatcher(tmp_path, num_ranks):
     argv = ["--small", "--warm_up=0", "--rounds=1", "--repeats=2", "--routing=random"]
     launcher = ranks if num_ranks > 1 else []
     report = report_of("dispatcher", tmp_path, *argv, launcher=launcher)
-    expected = "standard" if num_ranks > 1 else "local"
+    names = ["standard", "standard, in one go"] if num_ranks > 1 else ["local"]
     assert [(r["what"], r["dispatcher"]) for r in report["results"]] == [
-        ("exchange", expected), ("layer", expected),
+        ("exchange", names[0]), ("layer", names[0]), *(("layer with shared", name) for name in names),
     ]  # fmt: skip
+    assert all(result["difference"] == 0 for result in report["results"])
 
 
 def test_data_loading(tmp_path):
