@@ -72,7 +72,8 @@ def draw(routing: str, args: argparse.Namespace, device: torch.device) -> list[t
         weights[:, : args.num_experts // 4] = 2
     ids = torch.multinomial(weights, args.top_k, generator=generator)
     scores = torch.rand(args.tokens, args.top_k, **options)
-    return [x.requires_grad_(), scores.requires_grad_(), ids]
+    upstream = torch.randn(args.tokens, args.dim, **options).bfloat16()
+    return [x.requires_grad_(), scores.requires_grad_(), ids, upstream]
 
 
 def layers_in_a_row(
@@ -83,10 +84,9 @@ def layers_in_a_row(
     num_layers: int,
 ) -> Callable[[], torch.Tensor]:
     """Forward and backward, each layer by itself; returns the last one's gradient of x."""
-    x, scores, ids = tensors
+    x, scores, ids, upstream = tensors
     leaves = [x, *([scores, *experts.parameters()] if experts else [])]
     leaves += shared.parameters() if shared else []
-    upstream = torch.randn_like(x)
 
     def run() -> torch.Tensor:
         for _ in range(num_layers):
