@@ -29,7 +29,7 @@ def launch(
     """rows (N, *), the first num_sent[0] of them for rank 0 and so on, to (R, *) by sending rank.
 
     Nobody may read what is returned before `landed`. On GPUs it flies on a stream of the group's own; the
-    rows are kept until it has landed. Operators of PyTorch without public names, the same in 2.11 and 2.13.
+    rows are kept until it has landed. Operators of PyTorch without public names, checked on torch 2.13.
     """
     return torch.ops._c10d_functional.all_to_all_single(rows, num_received, num_sent, group)
 
@@ -45,7 +45,7 @@ sent to and received from each rank."""
 
 
 def exchange_counts(counts: torch.Tensor, num_ranks: int, group: str) -> Callable[[], Counts]:
-    """Send counts (E,) int64, the rows that this rank has for each expert; call the result to wait for others'.
+    """Send counts (E,) int64, the rows that this rank has for each expert; the result waits for others'.
 
     A recomputation sends nothing, and waits for nothing.
     """
