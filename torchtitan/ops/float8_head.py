@@ -1,0 +1,124 @@
+"""The output head's three products in float8: how each matrix is rounded, by recipe.
+
+R rows and C columns. Recipes are those of torchao's Linear layers, but for scales: here all are powers
+of two. A number's rounding then does not depend on which tokens are in a chunk or on a rank, unless the
+number is far smaller than what shares its scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchtitan.ops.cross_entropy import Products, Sides, multiply
+from torchtitan.ops.float8 import Quantized, dequantize, inverse_scale, quantize_sides
+
+MULTIPLE = 16
+"""Of which float8 products need the dims that they sum over, and their output its columns."""
+
+Scaling = Callable[[Tensor, int], Tensor]
+"""What to multiply a matrix by before rounding, fp32, given the dim that its product sums over.
+
+(R, 1), (1, C) or (1, 1)."""
+
+
+def by_row(x: Tensor, dim: int) -> Tensor:
+    """One for all that a product adds up."""
+    return inverse_scale(torch.linalg.vector_norm(x, torch.inf, dim, keepdim=True))
+
+
+def by_tensor(x: Tensor, dim: int) -> Tensor:
+    """One for all."""
+    return inverse_scale(torch.linalg.vector_norm(x, torch.inf)).view(1, 1)
+
+
+def of_gradient(x: Tensor, dim: int) -> Tensor:
+    """For logits' gradient in e5m2: one that needs no pass, for none of its numbers is beyond 1.
+
+    2^15 becomes the largest number, of the 57344 there are. Probabilities keep e5m2's precision down to
+    2^-29 and become zero below 2^-32: of 2^17 tokens all that is lost is a mass of 2^-15 at most.
+    """
+    return x.new_full((1, 1), 2.0**15, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a matrix becomes float8 where its columns are summed over (its rows are kept) and vice versa."""
+
+    rows: Scaling
+    columns: Scaling | None
+    """None: this product is made in high precision."""
+    dtype: torch.dtype = torch.float8_e4m3fn
+
+    def __call__(self, x: Tensor, needs_columns: bool) -> Sides:
+        """Sides of `Quantized`, or a plain one in high precision."""
+        rounds_columns = needs_columns and self.columns is not None
+        by_rows = self.rows(x, 1)
+        shared = self.rows is self.columns and by_rows.numel() == 1
+        by_columns = by_rows if shared or not rounds_columns else self.columns(x, 0)
+        rows, columns = quantize_sides(x, by_rows, by_columns if rounds_columns else None, self.dtype)
+        rows = Quantized(rows, by_rows.reciprocal())
+        if not rounds_columns:
+            return Sides(rows, x.t())
+        return Sides(rows, Quantized(columns, by_columns.reciprocal().t()))
+
+    def emulated(self, x: Tensor, needs_columns: bool) -> Sides:
+        """Sides of the rounded numbers in x's dtype."""
+        return Sides(*(_plain(side, x.dtype) for side in self(x, needs_columns)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head's matrices are rounded."""
+
+    hidden: Rounding
+    weight: Rounding
+    gradient: Rounding
+
+
+_ROWS = Rounding(by_row, by_row)
+_TENSOR = Rounding(by_tensor, by_tensor)
+_ROWS_ONLY = Rounding(by_row, None)
+RECIPES = {
+    "tensorwise": Recipe(_TENSOR, _TENSOR, Rounding(of_gradient, of_gradient, torch.float8_e5m2)),
+    # Of a row that holds a 1, e4m3 knows no probabilities below 2^-18, as in torchao's recipe.
+    "rowwise": Recipe(_ROWS, _ROWS, _ROWS),
+    "rowwise_with_gw_hp": Recipe(_ROWS_ONLY, Rounding(by_row, by_tensor), _ROWS_ONLY),
+}
+
+
+def products(recipe: str, emulate: bool) -> Products:
+    """Those of a recipe; emulated ones are products of the rounded numbers in the compute dtype."""
+    rounding = RECIPES[recipe]
+    matrices = rounding.hidden, rounding.weight, rounding.gradient
+    if emulate:
+        return Products(*(matrix.emulated for matrix in matrices), multiply, multiply, MULTIPLE)
+    # Hopper's fast sums have too few bits for those over all tokens or the whole vocabulary.
+    return Products(*matrices, partial(_multiply, fast=True), partial(_multiply, fast=False), MULTIPLE)
+
+
+def _plain(side: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
+    return side if isinstance(side, Tensor) else dequantize(side, dtype)
+
+
+def _multiply(a: Quantized | Tensor, b: Quantized | Tensor, fast: bool) -> Tensor:
+    """a (M, K), b (N, K) -> a @ b.T in bfloat16; of plain tensors in their own dtype."""
+    if isinstance(a, Tensor):
+        return multiply(a, b)
+    one = a.scale.numel() == b.scale.numel() == 1
+    if one or fast:
+        kind = F.ScalingType.TensorWise if one else F.ScalingType.RowWise
+        return _scaled_mm(a.data, b.data.t(), a.scale, b.scale.t(), kind, fast)
+    # Kernels with a scale a row are slow where sums are exact. Powers of two can wait.
+    unit = a.scale.new_ones(1, 1)
+    out = _scaled_mm(a.data, b.data.t(), unit, unit, F.ScalingType.TensorWise, fast)
+    return out.mul_(a.scale).mul_(b.scale.t())
+
+
+def _scaled_mm(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, kind, fast: bool) -> Tensor:
+    return F.scaled_mm(
+        a, b, a_scale, kind, b_scale.contiguous(), kind, output_dtype=torch.bfloat16, use_fast_accum=fast
+    )
