@@ -27,15 +27,14 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Products:
-    """How a head multiplies: `logits` of hidden and weight's rows, `gradients` of the other sides.
-
-    The first three are given a matrix, and whether its columns are needed too.
-    """
+    """How a head multiplies: `logits` of hidden and weight's rows, `gradients` of the other sides."""
 
     hidden: Callable[[torch.Tensor, bool], Sides]
+    """Given too whether columns are needed"""
     weight: Callable[[torch.Tensor, bool], Sides]
-    gradient: Callable[[torch.Tensor, bool], Sides]
-    """Of logits: softmax minus one at the label, between -1 and 1."""
+    loss: Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, Sides | None]]
+    """Of logits and labels: losses (T,) and the gradient's sides, these where they are needed.
+    Logits are not read any more"""
     logits: Callable[[Any, Any], torch.Tensor]
     """a (M, K), b (N, K) -> a @ b.T"""
     gradients: Callable[[Any, Any], torch.Tensor]
@@ -53,7 +52,14 @@ def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b.t()
 
 
-EXACT = Products(both_sides, both_sides, both_sides, multiply, multiply)
+def loss_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, Sides]:
+    """`cross_entropy_` for `Products.loss`."""
+    return cross_entropy_(logits, labels), both_sides(logits, needs_gradient)
+
+
+EXACT = Products(both_sides, both_sides, loss_in_place, multiply, multiply)
 
 
 def linear_cross_entropy(
@@ -97,9 +103,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         for index, (part, of_part) in enumerate(parts):
             states = products.hidden(part, for_weight)
             logits = products.logits(states.rows, weights.rows).to(hidden.dtype)
-            losses.append(cross_entropy_(logits, of_part))
-            if for_hidden or for_weight:
-                gradient = products.gradient(logits, for_weight)
+            of_tokens, gradient = products.loss(logits, of_part, for_hidden or for_weight)
+            losses.append(of_tokens)
             del logits  # `gradient` may be these, or float8 in place of them
             if for_hidden:
                 d_part = products.gradients(gradient.rows, weights.columns)

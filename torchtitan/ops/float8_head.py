@@ -13,8 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan.ops.cross_entropy import Products, Sides, multiply
-from torchtitan.ops.float8 import Quantized, dequantize, inverse_scale, quantize_sides
+from torchtitan.ops.cross_entropy import Products, Sides, cross_entropy_, multiply
+from torchtitan.ops.float8 import (
+    Quantized,
+    dequantize,
+    has_float8_numbers,
+    inverse_scale,
+    quantize_sides,
+)
 
 MULTIPLE = 16
 """Of which float8 products need the dims that they sum over, and their output its columns."""
@@ -35,13 +41,17 @@ def by_tensor(x: Tensor, dim: int) -> Tensor:
     return inverse_scale(torch.linalg.vector_norm(x, torch.inf)).view(1, 1)
 
 
-def of_gradient(x: Tensor, dim: int) -> Tensor:
-    """For logits' gradient in e5m2: one that needs no pass, for none of its numbers is beyond 1.
+GRADIENT_SCALE = 2.0**15
+"""For logits' gradient in e5m2: one that needs no pass, for none of its numbers is beyond 1.
 
-    2^15 becomes the largest number, of the 57344 there are. Probabilities keep e5m2's precision down to
-    2^-29 and become zero below 2^-32: of 2^17 tokens all that is lost is a mass of 2^-15 at most.
-    """
-    return x.new_full((1, 1), 2.0**15, dtype=torch.float32)
+It brings 1 to the largest power of two of e5m2, which ends at 57344. Probabilities keep their two bits
+down to 2^-29 and become zero below 2^-32: of 2^17 tokens a mass of 2^-15 is lost at most.
+"""
+
+
+def of_gradient(x: Tensor, dim: int) -> Tensor:
+    """GRADIENT_SCALE."""
+    return x.new_full((1, 1), GRADIENT_SCALE, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -93,11 +103,35 @@ RECIPES = {
 def products(recipe: str, emulate: bool) -> Products:
     """Those of a recipe; emulated ones are products of the rounded numbers in the compute dtype."""
     rounding = RECIPES[recipe]
-    matrices = rounding.hidden, rounding.weight, rounding.gradient
+    hidden, weight, gradient = rounding.hidden, rounding.weight, rounding.gradient
     if emulate:
-        return Products(*(matrix.emulated for matrix in matrices), multiply, multiply, MULTIPLE)
+        loss = partial(_loss, gradient.emulated)
+        return Products(hidden.emulated, weight.emulated, loss, multiply, multiply, MULTIPLE)
+    loss = _loss_in_one_pass if gradient.rows is of_gradient else partial(_loss, gradient)
     # Hopper's fast sums have too few bits for those over all tokens or the whole vocabulary.
-    return Products(*matrices, partial(_multiply, fast=True), partial(_multiply, fast=False), MULTIPLE)
+    return Products(
+        hidden, weight, loss, partial(_multiply, fast=True), partial(_multiply, fast=False), MULTIPLE
+    )
+
+
+def _loss(
+    sides: Callable[[Tensor, bool], Sides], logits: Tensor, labels: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Sides | None]:
+    losses = cross_entropy_(logits, labels)
+    return losses, sides(logits, True) if needs_gradient else None
+
+
+def _loss_in_one_pass(
+    logits: Tensor, labels: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Sides | None]:
+    """By tensorwise's recipe: on GPUs the gradient is written as float8 at once."""
+    if not needs_gradient or not has_float8_numbers(logits.device):
+        return _loss(RECIPES["tensorwise"].gradient, logits, labels, needs_gradient)
+    from torchtitan.ops import triton_loss  # PyTorch for CPUs comes without Triton
+
+    losses, *sides = triton_loss.scaled_cross_entropy(logits, labels, GRADIENT_SCALE, torch.float8_e5m2)
+    scale = logits.new_full((1, 1), 1 / GRADIENT_SCALE, dtype=torch.float32)
+    return losses, Sides(*(Quantized(data, scale) for data in sides))
 
 
 def _plain(side: Quantized | Tensor, dtype: torch.dtype) -> Tensor:
