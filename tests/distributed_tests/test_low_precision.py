@@ -196,6 +196,7 @@ ORACLE = {
     "mixtral": [*ROWWISE, *TP2_OF_2, "--model.name=mixtral"],
     "olmo2": [*ROWWISE, *TP2_OF_2, "--model.name=olmo2"],
     "llama3": [*GATHERED, "--compile.enable", "--parallelism.data_parallel_replicate_degree=2"],
+    "llama3, head too": [*ROWWISE, "--parallelism.context_parallel_degree=2"],
     "llama3, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2],
     "gpt_oss, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2, "--model.name=gpt_oss"],
 }

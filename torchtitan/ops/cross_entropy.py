@@ -22,7 +22,7 @@ class Sides(NamedTuple):
     rows: Any
     """(R, C): a tensor, or what stands for one"""
     columns: Any
-    """(C, R); may be None where no gradient is asked for"""
+    """(C, R)"""
 
 
 @dataclass(frozen=True)

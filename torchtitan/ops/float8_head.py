@@ -65,15 +65,13 @@ class Rounding:
 
     def __call__(self, x: Tensor, needs_columns: bool) -> Sides:
         """Sides of `Quantized`, or a plain one in high precision."""
-        rounds_columns = needs_columns and self.columns is not None
-        by_rows = self.rows(x, 1)
-        shared = self.rows is self.columns and by_rows.numel() == 1
-        by_columns = by_rows if shared or not rounds_columns else self.columns(x, 0)
-        rows, columns = quantize_sides(x, by_rows, by_columns if rounds_columns else None, self.dtype)
-        rows = Quantized(rows, by_rows.reciprocal())
-        if not rounds_columns:
-            return Sides(rows, x.t())
-        return Sides(rows, Quantized(columns, by_columns.reciprocal().t()))
+        by_rows, by_columns = self.rows(x, 1), None
+        if needs_columns and self.columns is not None:
+            shared = self.rows is self.columns and by_rows.numel() == 1
+            by_columns = by_rows if shared else self.columns(x, 0)
+        rows, columns = quantize_sides(x, by_rows, by_columns, self.dtype)
+        of_columns = x.t() if columns is None else Quantized(columns, by_columns.reciprocal().t())
+        return Sides(Quantized(rows, by_rows.reciprocal()), of_columns)
 
     def emulated(self, x: Tensor, needs_columns: bool) -> Sides:
         """Sides of the rounded numbers in x's dtype."""
