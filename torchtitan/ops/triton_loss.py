@@ -29,10 +29,10 @@ def scaled_cross_entropy(
     rows = torch.empty(num_tokens, width, dtype=dtype, device=logits.device)
     columns = torch.empty(width, num_tokens, dtype=dtype, device=logits.device)
     if num_tokens:
-        _losses[(num_tokens,)](logits, labels, losses, log_totals, width, _BLOCK, num_warps=16)
+        _cross_entropy_losses[(num_tokens,)](logits, labels, losses, log_totals, width, _BLOCK, num_warps=16)
         grid = (triton.cdiv(width, _TILE), triton.cdiv(num_tokens, _TILE))
         tensors = (logits, labels, log_totals, rows, columns)
-        _scaled_gradient[grid](*tensors, num_tokens, width, scale, _TILE, num_warps=8)
+        _cross_entropy_gradient[grid](*tensors, num_tokens, width, scale, _TILE, num_warps=8)
     return losses, rows, columns
 
 
@@ -55,7 +55,7 @@ def _cross_entropy(logits, labels, losses, width: tl.constexpr, block: tl.conste
 
 
 @triton.jit
-def _losses(logits, labels, losses, log_totals, width: tl.constexpr, block: tl.constexpr):
+def _cross_entropy_losses(logits, labels, losses, log_totals, width: tl.constexpr, block: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * width
     label = tl.load(labels + token)
@@ -85,7 +85,7 @@ def _log_total(row, width: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def _scaled_gradient(
+def _cross_entropy_gradient(
     logits,
     labels,
     log_totals,
