@@ -57,7 +57,7 @@ def quantize_sides(
     grid = (triton.cdiv(width, _SIDE_TILE), triton.cdiv(height, _SIDE_TILE))
     if x.numel():
         _quantize_sides[grid](
-            x, rows, columns, of_row, of_column, height, width, *steps, both, _SIDE_TILE, num_warps=8
+            x, rows, columns, of_row, of_column, height, width, *steps, both, _SIDE_TILE, num_warps=16
         )
     return rows, columns
 

@@ -32,7 +32,7 @@ def scaled_cross_entropy(
         _cross_entropy_losses[(num_tokens,)](logits, labels, losses, log_totals, width, _BLOCK, num_warps=16)
         grid = (triton.cdiv(width, _TILE), triton.cdiv(num_tokens, _TILE))
         tensors = (logits, labels, log_totals, rows, columns)
-        _cross_entropy_gradient[grid](*tensors, num_tokens, width, scale, _TILE, num_warps=8)
+        _cross_entropy_gradient[grid](*tensors, num_tokens, width, scale, _TILE, num_warps=16)
     return losses, rows, columns
 
 

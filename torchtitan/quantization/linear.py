@@ -27,7 +27,8 @@ def choose(
     """Names of the Linear layers to convert; and of those to leave, with the reason of each.
 
     The output head counts as one. A layer is left where its name contains one of `filters`, or
-    `refuse` says why, or of the head `refuse_head`. Raises ConfigError for a filter that no module's name contains.
+    `refuse` says why, or of the head `refuse_head`. Raises ConfigError for a filter that no module's
+    name contains.
     """
     names, filters = [name for name, _ in model.named_modules() if name], list(filter(None, filters))
     useless = [part for part in filters if not any(part in name for name in names)]
