@@ -95,13 +95,17 @@ def alone(case: Case) -> Case:
     )
     grouped = config.quantize.grouped_mm
     grouped = replace(grouped, float8=replace(grouped.float8, exchange_in_float8=False))
+    linear = config.quantize.linear
+    if config.parallelism.tensor_parallel_degree > 1:  # it leaves the head in high precision
+        filters = [*linear.float8.filter_fqns, "output"]
+        linear = replace(linear, float8=replace(linear.float8, filter_fqns=filters))
     config = replace(
         config,
         parallelism=parallelism,
         training=training,
         compile=replace(config.compile, enable=False),
         activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
-        quantize=replace(config.quantize, grouped_mm=grouped),
+        quantize=replace(config.quantize, linear=linear, grouped_mm=grouped),
     )
     return replace(case, config=config, world_size=1)
 

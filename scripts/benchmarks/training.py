@@ -50,7 +50,8 @@ MODELS = {
     "debug": ["--model.overrides.n_layers=1"],
     "debug_moe": ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--model.overrides.n_layers=1"],
 }
-FLOAT8 = ["--compile.enable", "--model.converters=quantize.linear.float8"]
+FLOAT8_HEAD = ["--compile.enable", "--model.converters=quantize.linear.float8"]
+FLOAT8 = [*FLOAT8_HEAD, "--quantize.linear.float8.filter_fqns=output"]
 RECIPE = "--quantize.linear.float8.recipe_name={}"
 GATHERED = [
     "--quantize.linear.float8.enable_fsdp_float8_all_gather",
@@ -63,6 +64,8 @@ VARIANTS = {
     "float8_gathered": [*FLOAT8, RECIPE.format("tensorwise"), *GATHERED],
     "float8_rowwise": [*FLOAT8, RECIPE.format("rowwise")],
     "float8_gw_hp": [*FLOAT8, RECIPE.format("rowwise_with_gw_hp")],
+    "float8_tensorwise_head": [*FLOAT8_HEAD, RECIPE.format("tensorwise")],
+    "float8_rowwise_head": [*FLOAT8_HEAD, RECIPE.format("rowwise")],
 }
 RECOMPUTATION = {
     "none": ["--activation_checkpoint.mode=none"],

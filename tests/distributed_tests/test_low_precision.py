@@ -17,6 +17,7 @@ from torchtitan.distributed.launch import run_ranks
 from torchtitan.verify import summary, verify
 
 MODEL = tiny(dim=128, n_heads=4, n_kv_heads=2, ffn_dim=128, n_layers=2)
+WITH_HEAD = replace(MODEL, vocab_size=64)  # one that divides by 16
 TP2 = {"tensor_parallel_degree": 2}
 WHOLE = TP2 | {"enable_sequence_parallel": False}
 LAYOUTS = {
@@ -30,11 +31,13 @@ LAYOUTS = {
     "fsdp2 x tp2, accumulate": (4, job(tp=TP2), 2),
     "full ac": (2, job(ac="full"), 1),
     "by-op ac": (2, job(ac="selective", selective_ac_option="op"), 1),
+    "cp2": (2, job(tp={"context_parallel_degree": 2}), 1),
 }
+HEAD = ("output",)
 
 
-def float8(config, recipe=None, emulate=True, **options):
-    layers = Float8Linear(recipe_name=recipe, emulate=emulate, **options)
+def float8(config, recipe=None, emulate=True, filters=HEAD, **options):
+    layers = Float8Linear(recipe_name=recipe, emulate=emulate, filter_fqns=list(filters), **options)
     return replace(
         config, model=Model(converters=["float8"]), quantize=Quantize(QuantizeLinear(float8=layers))
     )
@@ -56,13 +59,21 @@ RECIPES = {
     "tensorwise": float8,
     "tensorwise, gathered": gathered,
 }
+HEADS = {
+    # Tensor parallelism leaves the head.
+    "rowwise, head too": lambda config: float8(config, "rowwise", filters=()),
+    "rowwise_with_gw_hp, head alone": lambda config: float8(config, "rowwise_with_gw_hp", filters=["layers"]),
+    "tensorwise, head alone": lambda config: float8(config, filters=["layers"]),
+}
 SCALES_OF_ROWS = ("rowwise", "rowwise_with_gw_hp", "mx")
 """Recipes whose scales are powers of two: rounding is the same whatever else is in a tensor."""
 
 
 def gradients_of_all(config, microbatches):
     """By recipe. Ranks are used for all of them, since each takes a while to import torchao."""
-    return {name: gradients(MODEL, use(config), microbatches) for name, use in RECIPES.items()}
+    found = {name: gradients(MODEL, use(config), microbatches) for name, use in RECIPES.items()}
+    heads = {} if config.parallelism.tensor_parallel_degree > 1 else HEADS
+    return found | {name: gradients(WITH_HEAD, use(config), microbatches) for name, use in heads.items()}
 
 
 @functools.cache
@@ -96,8 +107,19 @@ def test_products_are_rounded(references, exact, recipe):
     assert all(0.01 < found[name] < 0.15 for name in rounded), found
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("recipe", SCALES_OF_ROWS)
+def test_heads_are_rounded(references):
+    exact = run_ranks(gradients, 1, WITH_HEAD, job())[0]
+    for recipe in HEADS:
+        found = errors(references[0][recipe], exact)
+        assert 0.002 < found["output.weight"] < 0.05, found
+        assert all(0.005 < error < 0.15 for name, error in found.items() if name != "output.weight"), found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [(recipe, layout) for recipe in SCALES_OF_ROWS for layout in list(LAYOUTS)[1:]]
+    + [(head, layout) for head in HEADS for layout in list(LAYOUTS)[1:] if "tp2" not in layout],
+)
 def test_gradients_equal_one_process(references, recipe, layout):
     weights, _, loss, norm = reference = references[0][recipe]
     ranks = [rank[recipe] for rank in ranks_of(layout)]
@@ -146,8 +168,8 @@ def test_compiled_blocks_multiply_the_same_and_share_one_graph(name):
 
 def test_stages_of_a_pipeline_multiply_as_one_process():
     """With backward in two halves, of which each makes its products of the same rounded numbers."""
-    model = replace(MODEL, n_layers=4)
-    use = RECIPES["rowwise"]
+    model = replace(WITH_HEAD, n_layers=4)
+    use = HEADS["rowwise, head too"]
     _, expected, loss, norm = run_ranks(test_pipeline.gradients, 1, model, use(job()))[0]
     pipelined = use(test_pipeline.pipelined(2, "ZBVZeroBubble"))
     ranks = run_ranks(test_pipeline.gradients, 2, model, pipelined, timeout=120)
@@ -174,6 +196,7 @@ ORACLE = {
     "mixtral": [*ROWWISE, *TP2_OF_2, "--model.name=mixtral"],
     "olmo2": [*ROWWISE, *TP2_OF_2, "--model.name=olmo2"],
     "llama3": [*GATHERED, "--compile.enable", "--parallelism.data_parallel_replicate_degree=2"],
+    "llama3, head too": [*ROWWISE, "--parallelism.context_parallel_degree=2"],
     "llama3, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2],
     "gpt_oss, mx": ["--model.converters=quantize.linear.mx", *TP2_OF_2, "--model.name=gpt_oss"],
 }

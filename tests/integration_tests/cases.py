@@ -27,9 +27,11 @@ class OverrideDefinitions:
 
 
 FLOAT8 = ("--model.converters=quantize.linear.float8", "--quantize.linear.float8.emulate")
+ROWWISE = "--quantize.linear.float8.recipe_name=rowwise"
 MODELS: dict[str, tuple[str, ...]] = {
     "llama3": (),
-    "llama3_rowwise": (*FLOAT8, "--quantize.linear.float8.recipe_name=rowwise"),
+    "llama3_rowwise": (*FLOAT8, ROWWISE, "--quantize.linear.float8.filter_fqns=output"),
+    "llama3_rowwise_head": (*FLOAT8, ROWWISE),
     "llama3_tensorwise": FLOAT8,
     "llama3_tied": ("--model.overrides.enable_weight_tying=true",),
     "llama3_packed": ("--model.overrides.attn_mask_type=block_causal",),
@@ -195,8 +197,8 @@ _CHECKPOINTS = (
 _LOW_PRECISION = (
     _case("float8_rowwise_fsdp_2_tp_2", "float8, a scale for each row", 4, f"{TENSOR}=2", f"{BATCH}=6",
           model="llama3_rowwise", tolerance=1e-5),
-    _case("float8_rowwise_pp_2", "float8 in stages", 2, f"{PIPELINE}=2", model="llama3_rowwise",
-          tolerance=1e-5),
+    _case("float8_rowwise_pp_2", "float8 in stages, the head too", 2, f"{PIPELINE}=2",
+          model="llama3_rowwise_head", tolerance=1e-5),
     _case("float8_gathered_fsdp_2", "weights gathered as float8", 2, f"{BATCH}=6",
           "--quantize.linear.float8.enable_fsdp_float8_all_gather",
           "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",

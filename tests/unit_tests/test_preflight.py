@@ -77,7 +77,7 @@ CASES = {
     "MX without a GPU": (["--model.converters=quantize.linear.mx"], 'Use "mxfp8_emulated_rceil"'),
     "unknown converter": (["--model.converters=flaot8"], 'Did you mean "float8"?'),
     "filter of everything": (
-        [*EMULATED, "--quantize.linear.float8.filter_fqns=layers"],
+        [*EMULATED, "--quantize.linear.float8.filter_fqns=layers,output"],
         "none of the model's Linear layers to convert",
     ),
     "blocks that are split": (

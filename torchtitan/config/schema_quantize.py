@@ -19,7 +19,7 @@ class Float8Linear:
 
     filter_fqns: list[str] = field(default_factory=list)
     """Linear layers left alone: those whose name contains one of these, and with
-    "auto_filter_small_kn" those too small to gain. Routers and the output head always are."""
+    "auto_filter_small_kn" those too small to gain. Routers always are; "output" is the head."""
 
     emulate: bool = False
     """Emulate float8 on devices without it, to test; not with compile."""

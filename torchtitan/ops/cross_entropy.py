@@ -3,6 +3,10 @@
 T tokens, D model, V vocabulary. Labels of -100, PyTorch's default, count nothing.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +14,52 @@ _CHUNK_BYTES = 2**31
 """Of logits at a time: large enough for products at full speed, small beside weights and activations."""
 
 IGNORED = -100
+
+
+class Sides(NamedTuple):
+    """A matrix (R, C) as products read it, which sum over the last dim of both their factors."""
+
+    rows: Any
+    """(R, C): a tensor, or what stands for one"""
+    columns: Any
+    """(C, R)"""
+
+
+@dataclass(frozen=True)
+class Products:
+    """How a head multiplies: `logits` of hidden and weight's rows, `gradients` of the other sides."""
+
+    hidden: Callable[[torch.Tensor, bool], Sides]
+    """Given too whether columns are needed"""
+    weight: Callable[[torch.Tensor, bool], Sides]
+    loss: Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, Sides | None]]
+    """Of logits and labels: losses (T,) and the gradient's sides, these where they are needed.
+    Logits are not read any more"""
+    logits: Callable[[Any, Any], torch.Tensor]
+    """a (M, K), b (N, K) -> a @ b.T"""
+    gradients: Callable[[Any, Any], torch.Tensor]
+    multiple: int = 1
+    """Of which products need their numbers of tokens."""
+
+
+def both_sides(x: torch.Tensor, needs_columns: bool) -> Sides:
+    """In high precision."""
+    return Sides(x, x.t())
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (M, K), b (N, K) -> a @ b.T"""
+    return a @ b.t()
+
+
+def loss_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, Sides]:
+    """`cross_entropy_` for `Products.loss`."""
+    return cross_entropy_(logits, labels), both_sides(logits, needs_gradient)
+
+
+EXACT = Products(both_sides, both_sides, loss_in_place, multiply, multiply)
 
 
 def linear_cross_entropy(
@@ -26,36 +76,42 @@ def linear_cross_entropy(
 
 
 def chunked_linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, products: Products = EXACT
 ) -> torch.Tensor:
     """As `linear_cross_entropy`, for plain tensors; logits exist for some tokens at a time.
 
     Forward computes the gradients, too: a chunk's logits become their own gradient in place. So no
     logits are kept, and none is computed twice.
     """
-    return _ChunkedLinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, labels.flatten(), torch.is_grad_enabled()
-    )
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if missing := -len(labels) % products.multiple:  # tokens of zeros, without labels: they add nothing
+        hidden, labels = F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=IGNORED)
+    return _ChunkedLinearCrossEntropy.apply(hidden, weight, labels, products, torch.is_grad_enabled())
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, differentiates):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        size = max(1, _CHUNK_BYTES // (len(weight) * weight.itemsize))
+    def forward(ctx, hidden, weight, labels, products, differentiates):
+        size = _chunk_size(weight, products.multiple)
         parts = list(zip(hidden.split(size), labels.split(size), strict=True))
+        wide = torch.promote_types(hidden.dtype, torch.float32) if len(parts) > 1 else None
         for_hidden, for_weight = (differentiates and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if for_hidden else None
         d_weight = None
         losses = []
-        for index, (states, of_states) in enumerate(parts):
-            logits = states @ weight.t()
-            losses.append(cross_entropy_(logits, of_states))
+        weights = products.weight(weight, for_hidden)
+        for index, (part, of_part) in enumerate(parts):
+            states = products.hidden(part, for_weight)
+            logits = products.logits(states.rows, weights.rows).to(hidden.dtype)
+            of_tokens, gradient = products.loss(logits, of_part, for_hidden or for_weight)
+            losses.append(of_tokens)
+            del logits  # `gradient` may be these, or float8 in place of them
             if for_hidden:
-                d_hidden[index * size : index * size + len(states)] = logits @ weight
+                d_part = products.gradients(gradient.rows, weights.columns)
+                d_hidden[index * size : index * size + len(part)] = d_part
             if for_weight:
-                d_weight = _accumulate(d_weight, logits.t(), states, wide, rounds=len(parts) == 1)
-            del logits  # before the next ones
+                d_weight = _accumulate(d_weight, gradient.columns, states.columns, products, wide)
+            gradient = None  # before the next logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         return torch.cat(losses).sum()
@@ -63,20 +119,26 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         scaled = (None if d is None else (d * grad).to(ctx.dtype) for d in ctx.saved_tensors)
-        return *scaled, None, None
+        return *scaled, None, None, None
+
+
+def _chunk_size(weight: torch.Tensor, multiple: int) -> int:
+    size = _CHUNK_BYTES // (len(weight) * weight.itemsize)
+    return max(multiple, size - size % multiple)
 
 
 def _accumulate(
-    total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, wide: torch.dtype, rounds: bool
+    total: torch.Tensor | None, a: Any, b: Any, products: Products, wide: torch.dtype | None
 ) -> torch.Tensor:
-    """total + a @ b: in `wide`, or just the product where there is only one."""
-    if rounds:
-        return a @ b
+    """total + a @ b.T in `wide`, or just the product where that is None."""
+    if wide is None or not isinstance(a, torch.Tensor):
+        product = products.gradients(a, b)
+        return product.to(wide or product.dtype) if total is None else total.add_(product)
     if total is None:
-        total = torch.zeros(len(a), b.shape[1], dtype=wide, device=a.device)
+        total = torch.zeros(len(a), len(b), dtype=wide, device=a.device)
     if a.dtype == wide:
-        return total.addmm_(a, b)
-    return total.add_(a @ b) if not a.is_cuda else torch.addmm(total, a, b, out_dtype=wide)
+        return total.addmm_(a, b.t())
+    return total.add_(a @ b.t()) if not a.is_cuda else torch.addmm(total, a, b.t(), out_dtype=wide)
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Numbers of 8 bits (e4m3) with one scale for all that a product adds up: how float8 products read them.
+"""Numbers of 8 bits with one scale for all that a product adds up: how float8 products read them.
 
-R rows in G groups, K and N widths. A scale is a power of two, so that float8 numbers times their scale
-are exact in bfloat16, and are found again where such numbers are quantized once more. It is defined
-for all-zero numbers too; NaN and infinity stay visible.
+They are e4m3 but where a dtype is given. R rows in G groups, K and N widths, C columns. A scale is a
+power of two, so that float8 numbers times their scale are exact in bfloat16, and are found again where
+such numbers are quantized once more. It is defined for all-zero numbers too; NaN and infinity stay visible.
 """
 
 from typing import NamedTuple
@@ -20,14 +20,14 @@ class Quantized(NamedTuple):
     """data * scale are the numbers."""
 
     data: torch.Tensor
-    """float8_e4m3fn"""
+    """float8"""
     scale: torch.Tensor
-    """fp32; of `data`'s shape with the dim that products add up of size 1."""
+    """fp32; of `data`'s shape with the dim that products add up of size 1, or both."""
 
 
 def quantize(x: torch.Tensor, dim: int) -> Quantized:
     """x of any shape, with one scale for all numbers along `dim`."""
-    inverse = _inverse_scale(x.abs().amax(dim, keepdim=True))
+    inverse = inverse_scale(x.abs().amax(dim, keepdim=True))
     return Quantized(_cast(x, inverse), inverse.reciprocal())
 
 
@@ -54,6 +54,21 @@ def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
 
 
+def quantize_sides(
+    x: torch.Tensor, by_rows: torch.Tensor, by_columns: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x (R, C) times an inverse scale, (R, 1) or (1, 1): (R, C); times another, (1, C) or (1, 1): (C, R).
+
+    Both row-major, in the float8 `dtype`; the second only where `by_columns` is given.
+    """
+    if has_float8_numbers(x.device):
+        from torchtitan.ops import float8_triton  # PyTorch for CPUs comes without Triton
+
+        return float8_triton.quantize_sides(x, by_rows, by_columns, dtype)
+    rows = _cast(x, by_rows, dtype).contiguous()
+    return rows, None if by_columns is None else _cast(x, by_columns, dtype).t().contiguous()
+
+
 def quantize_group_columns(x: torch.Tensor, counts: torch.Tensor) -> Quantized:
     """x (R, N), one scale a column of each group's rows: data (R, N), scale (G, N).
 
@@ -62,7 +77,7 @@ def quantize_group_columns(x: torch.Tensor, counts: torch.Tensor) -> Quantized:
     groups = _group_of_rows(len(x), counts)
     amax = x.new_zeros(len(counts) + 1, x.shape[1])
     amax.scatter_reduce_(0, groups.unsqueeze(1).expand_as(x), x.abs(), "amax")
-    inverse = _inverse_scale(amax)
+    inverse = inverse_scale(amax)
     return Quantized(_cast(x, inverse[groups]), inverse[:-1].reciprocal())
 
 
@@ -74,19 +89,26 @@ def dequantize_group_columns(
     return dequantize(Quantized(x.data, x.scale[groups]), dtype)
 
 
+def has_float8_numbers(device: torch.device) -> bool:
+    """Whether Triton has float8 numbers on the device: from Ada on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def has_float8(device: torch.device) -> bool:
     """Whether the device has float8 products of groups: as of torch 2.13 from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _inverse_scale(amax: torch.Tensor) -> torch.Tensor:
+def inverse_scale(amax: torch.Tensor) -> torch.Tensor:
     """The largest power of two that brings no number of this maximum beyond E4M3_MAX, fp32."""
     ratio = E4M3_MAX / amax.float().clamp(min=TINY)
     return (ratio.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
 
 
-def _cast(x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    return (x.float() * inverse).to(torch.float8_e4m3fn)  # at most E4M3_MAX: nothing is cut off
+def _cast(
+    x: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn
+) -> torch.Tensor:
+    return (x.float() * inverse).to(dtype)  # at most its largest number: nothing is cut off
 
 
 def _group_of_rows(num_rows: int, counts: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torchtitan.ops.float8 import E4M3_MAX, TINY, Quantized
 
 _MAX_BLOCK = 4096
 _TILE = 64  # rows and columns of a tile that is transposed
+_SIDE_TILE = 128  # the same where it is written both ways: a line of memory, 128 bytes, each way
 
 
 def quantize_rows(x: torch.Tensor) -> Quantized:
@@ -41,6 +42,24 @@ def quantize_group_columns(x: torch.Tensor, counts: torch.Tensor) -> Quantized:
     """As ops/float8.py's `quantize_group_columns`; data (R, N) is column-major, as products want it."""
     data = torch.empty(x.shape[::-1], dtype=torch.float8_e4m3fn, device=x.device)
     return Quantized(data.t(), _quantize_columns_into(data, x, counts.cumsum(0), matrices=False))
+
+
+def quantize_sides(
+    x: torch.Tensor, by_rows: torch.Tensor, by_columns: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As ops/float8.py's `quantize_sides`, in one pass."""
+    height, width = x.shape
+    rows = torch.empty(height, width, dtype=dtype, device=x.device)
+    both = by_columns is not None
+    columns = torch.empty(width, height, dtype=dtype, device=x.device) if both else None
+    of_row, of_column = by_rows.expand(height, 1), (by_columns if both else by_rows[:1]).expand(1, width)
+    steps = (*x.stride(), of_row.stride(0), of_column.stride(1))
+    grid = (triton.cdiv(width, _SIDE_TILE), triton.cdiv(height, _SIDE_TILE))
+    if x.numel():
+        _quantize_sides[grid](
+            x, rows, columns, of_row, of_column, height, width, *steps, both, _SIDE_TILE, num_warps=16
+        )
+    return rows, columns
 
 
 def _quantize_columns_into(
@@ -125,3 +144,34 @@ def _quantize_columns(
         numbers = tl.trans((part * inverse[None, :]).to(tl.float8e4nv))
         out = data + columns.to(tl.int64)[:, None] * height + rows[None, :]
         tl.store(out, numbers, inside[:, None] & (rows < last)[None, :])
+
+
+@triton.jit
+def _quantize_sides(
+    x,
+    rows,
+    columns,
+    by_rows,
+    by_columns,
+    height,
+    width: tl.constexpr,
+    x_stride,
+    column_stride,
+    row_step,
+    column_step,
+    both: tl.constexpr,
+    tile: tl.constexpr,
+):
+    row = (tl.program_id(1) * tile + tl.arange(0, tile)).to(tl.int64)
+    column = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
+    inside = (row < height)[:, None] & (column < width)[None, :]
+    at = x + row[:, None] * x_stride + column[None, :] * column_stride
+    part = tl.load(at, inside, other=0.0).to(tl.float32)
+    inverse = tl.load(by_rows + row * row_step, row < height, other=0.0)
+    numbers = (part * inverse[:, None]).to(rows.dtype.element_ty)
+    tl.store(rows + row[:, None] * width + column[None, :], numbers, inside)
+    if both:
+        inverse = tl.load(by_columns + column * column_step, column < width, other=0.0)
+        numbers = tl.trans((part * inverse[None, :]).to(rows.dtype.element_ty))
+        out = columns + column[:, None] * height + row[None, :]
+        tl.store(out, numbers, tl.trans(inside))

@@ -1,4 +1,4 @@
-"""Linear layers that multiply in float8, by torchao: `quantize.linear.float8`."""
+"""Linear layers that multiply in float8, by torchao, and the output head: `quantize.linear.float8`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion, alike
 from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import Widths, choose, split_faults
+from torchtitan.quantization.linear import HEAD, HIGH_PRECISION, Widths, choose, split_faults
 
 NAME = "quantize.linear.float8"
 FILTER = f"{NAME}.filter_fqns"
@@ -33,7 +33,10 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     gains = None
     if AUTO_FILTER in options.filter_fqns:
         gains = float8._auto_filter_for_recipe(recipe, [])  # no public name in 0.18
-    converted, left = choose(model, filters, partial(_why_left, gains), FILTER)
+    tp = config.parallelism.tensor_parallel_degree
+    converted, left = choose(
+        model, filters, partial(_why_left, gains), partial(_why_head_left, gains, tp), FILTER
+    )
     settings = replace(
         float8.Float8LinearConfig.from_recipe_name(recipe),
         emulate=options.emulate,
@@ -43,6 +46,8 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     float8.convert_to_float8_training(
         model, config=settings, module_filter_fn=lambda _, name: name in converted
     )
+    if HEAD in converted:
+        model.get_submodule(HEAD).quantize(recipe, options.emulate)
     if settings.enable_fsdp_float8_all_gather:
         model.register_state_dict_post_hook(_unwrap)
     scales = options.precompute_float8_dynamic_scale_for_fsdp
@@ -61,6 +66,15 @@ def _why_left(gains: Callable[[nn.Module, str], bool] | None, layer: nn.Linear) 
     if any(n % MULTIPLE for n in layer.weight.shape):
         return f"widths must divide by {MULTIPLE}"
     return "too small to gain" if gains is not None and not gains(layer, "") else ""
+
+
+def _why_head_left(gains: Callable[[nn.Module, str], bool] | None, tp: int, head: nn.Module) -> str:
+    if tp > 1:  # its loss is DTensor's, of whole logits split over the vocabulary
+        return f"tensor parallelism: {HIGH_PRECISION}"
+    if head.weight is None:
+        return "tied to the embedding"
+    vocab_size, dim = head.weight.shape
+    return _why_left(gains, nn.Linear(dim, vocab_size, bias=False, device="meta"))
 
 
 def _pads_tokens(config: JobConfig) -> bool:
@@ -87,7 +101,8 @@ def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterat
     if not options.emulate:
         yield from split_faults(NAME, widths, MULTIPLE, degrees.tp)
     ranks = degrees.dp_shard * degrees.cp
-    odd = {alike(name): rows for name, (rows, _) in widths.items() if rows % ranks}
+    # The head's weight is gathered in the compute dtype.
+    odd = {alike(name): rows for name, (rows, _) in widths.items() if rows % ranks and name != HEAD}
     if options.enable_fsdp_float8_all_gather and odd:
         layers = ", ".join(f"{rows} rows of {name}" for name, rows in odd.items())
         reason = f"weights sharded over {ranks} ranks must divide evenly, and these do not: {layers}."

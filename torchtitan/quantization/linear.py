@@ -8,25 +8,27 @@ from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import nearest
 from torchtitan.quantization.conversion import alike
 
-Refuse = Callable[[nn.Linear], str]
-"""Why a layer is left; empty where it need not be."""
+Refuse = Callable[[nn.Module], str]
+"""Why a layer, or the head, is left; empty where it need not be."""
 Widths = Mapping[str, tuple[int, int]]
 """Of layers by name, the widths (out, in) that a tensor-parallel rank multiplies."""
 
-_NEVER = {
-    "router.gate": "routers choose in high precision",
-    "output": "the loss is computed in high precision",
-}
-"""By what names end with."""
+HEAD = "output"
+"""The output head's name."""
+HIGH_PRECISION = "the loss is computed in high precision"
+"""Why a head is left."""
+_ROUTER = "router.gate"
+"""What routers' names end with."""
 
 
 def choose(
-    model: nn.Module, filters: Sequence[str], refuse: Refuse, filter_key: str
+    model: nn.Module, filters: Sequence[str], refuse: Refuse, refuse_head: Refuse, filter_key: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the Linear layers to convert; and of those to leave, with the reason of each.
 
     The output head counts as one. A layer is left where its name contains one of `filters`, or
-    `refuse` says why. Raises ConfigError for a filter that no module's name contains.
+    `refuse` says why, or of the head `refuse_head`. Raises ConfigError for a filter that no module's
+    name contains.
     """
     names, filters = [name for name, _ in model.named_modules() if name], list(filter(None, filters))
     useless = [part for part in filters if not any(part in name for name in names)]
@@ -34,9 +36,9 @@ def choose(
         raise ConfigError(_matches_nothing(part, names, filter_key) for part in useless)
     converted, left = [], {}
     for name, module in model.named_modules():
-        if name != "output" and not isinstance(module, nn.Linear):
+        if name != HEAD and not isinstance(module, nn.Linear):
             continue
-        if reason := _why_left(name, module, filters, refuse):
+        if reason := _why_left(name, module, filters, refuse_head if name == HEAD else refuse):
             left[name] = reason
         else:
             converted.append(name)
@@ -46,10 +48,11 @@ def choose(
 def _why_left(name: str, module: nn.Module, filters: Sequence[str], refuse: Refuse) -> str:
     if any(part in name for part in filters):
         return "filter"
-    never = [reason for end, reason in _NEVER.items() if name.endswith(end)]
-    if not never and type(module) is not nn.Linear:
+    if name.endswith(_ROUTER):
+        return "routers choose in high precision"
+    if name != HEAD and type(module) is not nn.Linear:
         return "converted already"
-    return never[0] if never else refuse(module)
+    return refuse(module)
 
 
 def _matches_nothing(part: str, names: list[str], filter_key: str) -> Fault:

@@ -20,7 +20,7 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
 from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import Widths, choose, split_faults
+from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose, split_faults
 
 NAME = "quantize.linear.mx"
 FILTER = f"{NAME}.filter_fqns"
@@ -95,7 +95,9 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     if faults := list(_recipe_faults(config)):
         raise ConfigError(faults)
     options = config.quantize.linear.mx
-    converted, left = choose(model, options.filter_fqns, _too_odd, FILTER)
+    converted, left = choose(
+        model, options.filter_fqns, _too_odd, lambda head: HIGH_PRECISION, FILTER
+    )
     product = torchao("prototype.moe_training.mxfp8_linear").mx_mm.apply
     further = _product_options(RECIPES[options.recipe_name], options.mxfp8_dim1_cast_kernel_choice)
     for name in converted:

@@ -11,6 +11,7 @@ from torchtitan.config.manager import load_config
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.registry import families, model_config
+from torchtitan.ops.cross_entropy import chunked_linear_cross_entropy
 from torchtitan.quantization import converters, float8
 from torchtitan.quantization.converters import convert, emulated, exact
 from torchtitan.verify_case import alone, settle
@@ -57,10 +58,11 @@ def test_every_family_has_its_linear_layers_converted(family, name):
     argv = [f"--model.name={family}", f"--model.converters={name}"]
     model, [done] = converted(*argv)
     count, routers = CONVERTED[family]
-    assert len(done.converted) == count
+    heads = int(name == FLOAT8 and family != "qwen3")  # whose debug model's is tied
+    assert len(done.converted) == count + heads and ("output" in done.converted) == heads
     assert {layer for layer in done.left if layer.endswith("router.gate")} == set(list(done.left)[:routers])
-    assert list(done.left)[routers:] == ["output"]
-    kinds = {type(model.get_submodule(layer)).__name__ for layer in done.converted}
+    assert list(done.left)[routers:] == ["output"][heads:]
+    kinds = {type(model.get_submodule(layer)).__name__ for layer in done.converted[:count]}
     assert kinds == {"Float8Linear" if name == FLOAT8 else "MXLinear"}
     plain = build(load(argv[0]))
     assert parameter_inits(model) == parameter_inits(plain)
@@ -82,10 +84,36 @@ def test_a_line_tells_what_was_converted_and_what_was_left():
     )
 
 
+TP2 = "--parallelism.tensor_parallel_degree=2"
+HEADS_LEFT = {
+    "tied to the embedding": (FLOAT8, "--model.overrides.enable_weight_tying=true"),
+    "widths must divide by 16": (FLOAT8, "--model.overrides.vocab_size=2040"),
+    "tensor parallelism: the loss is computed in high precision": (FLOAT8, TP2),
+    "the loss is computed in high precision": (MX, f"--{MX}.filter_fqns="),
+    "filter": (FLOAT8, f"--{FLOAT8}.filter_fqns=output"),
+}
+
+
+@pytest.mark.parametrize("reason", HEADS_LEFT)
+def test_a_head_is_left_where_that_is_said(reason):
+    name, option = HEADS_LEFT[reason]
+    model, [done] = converted(f"--model.converters={name}", option)
+    assert done.left == {"output": reason}
+    assert model.output.loss is chunked_linear_cross_entropy
+
+
+def test_one_process_leaves_the_head_that_tensor_parallelism_leaves():
+    for option, left in ((TP2, True), ("--parallelism.data_parallel_shard_degree=2", False)):
+        case = alone(settle(load("--model.converters=float8", option), full=False))
+        with torch.device("meta"):
+            [done] = convert(case.model_config.build(), case.config)
+        assert ("output" in done.left) == left
+
+
 def test_widths_that_kernels_do_not_take_are_left_and_named():
     argv = ["--model.overrides.ffn_dim=776", "--model.converters"]
     _, [done] = converted(*argv, FLOAT8)
-    assert len(done.converted) == 24
+    assert len(done.converted) == 24 + 1
     assert done.left["layers.3.feed_forward.w2"] == "widths must divide by 16"
     _, [done] = converted("--model.overrides.ffn_dim=784", argv[1], MX)
     assert done.left["layers.3.feed_forward.w2"] == "widths must divide by 32"
@@ -95,11 +123,13 @@ def test_layers_too_small_to_gain_are_left_where_that_is_asked_for():
     argv = ["--model.flavor=8B", "--model.overrides.n_layers=1", "--model.converters=float8"]
     _, [done] = converted(*argv, f"--{FLOAT8}.filter_fqns=auto_filter_small_kn")
     small = {name for name, reason in done.left.items() if reason == "too small to gain"}
-    assert small == {"layers.0.attention.wk", "layers.0.attention.wv"}
+    assert small == {"layers.0.attention.wk", "layers.0.attention.wv"} and "output" in done.converted
+    _, [done] = converted(*argv, "--model.overrides.vocab_size=1024", f"--{FLOAT8}.filter_fqns=auto_filter_small_kn")
+    assert done.left["output"] == "too small to gain"
 
 
 def test_a_filter_of_everything_is_refused():
-    [fault] = refused("--model.converters=float8", f"--{FLOAT8}.filter_fqns=layers")
+    [fault] = refused("--model.converters=float8", f"--{FLOAT8}.filter_fqns=layers,output")
     assert fault.startswith("quantize.linear.float8.filter_fqns: leaves quantize.linear.float8 none of ")
     assert "6 layers.*.attention.wq (filter)" in fault
 
@@ -120,7 +150,8 @@ def test_float8_is_gathered_where_shards_are_even(shards, expected):
     """Torch would raise on the ranks with the short shards, and leave the others waiting."""
     config = load(f"--{FLOAT8}.emulate", f"--{FLOAT8}.enable_fsdp_float8_all_gather")
     degrees = Degrees(dp_replicate=1, dp_shard=shards, tp=1)
-    faults = list(float8.layout_faults(config, {"layers.0.attention.wq": (256, 64)}, degrees))
+    widths = {"layers.0.attention.wq": (256, 64), "output": (2048, 64)}
+    faults = list(float8.layout_faults(config, widths, degrees))
     assert len(faults) == expected
     assert all("do not: 256 rows of layers.*.attention.wq" in fault.reason for fault in faults)
 
