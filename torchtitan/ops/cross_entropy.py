@@ -118,8 +118,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        scaled = (None if d is None else (d * grad).to(ctx.dtype) for d in ctx.saved_tensors)
+        scaled = (None if d is None else _scaled(d, grad, ctx.dtype) for d in ctx.saved_tensors)
         return *scaled, None, None, None
+
+
+def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x * factor in dtype, in one pass."""
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 def _chunk_size(weight: torch.Tensor, multiple: int) -> int:
@@ -138,7 +143,9 @@ def _accumulate(
         total = torch.zeros(len(a), len(b), dtype=wide, device=a.device)
     if a.dtype == wide:
         return total.addmm_(a, b.t())
-    return total.add_(a @ b.t()) if not a.is_cuda else torch.addmm(total, a, b.t(), out_dtype=wide)
+    if not a.is_cuda:
+        return total.add_(a @ b.t())
+    return torch.addmm(total, a, b.t(), out_dtype=wide, out=total)
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
