@@ -193,12 +193,13 @@ _CHECKPOINTS = (
     _resumed("resume_pp_to_cp", "go on by context parallelism", 2, (f"{PIPELINE}=2",), (f"{CONTEXT}=2",)),
 )  # fmt: skip
 
-# Rounding makes of the last bits of a sum, which layouts change, a step between neighbouring numbers.
+# Rounding makes of the last bits of a sum, which layouts change, a step between neighbouring numbers. With
+# a scale a row, a head's smallest probabilities are rounded by what else is in a microbatch.
 _LOW_PRECISION = (
     _case("float8_rowwise_fsdp_2_tp_2", "float8, a scale for each row", 4, f"{TENSOR}=2", f"{BATCH}=6",
           model="llama3_rowwise", tolerance=1e-5),
     _case("float8_rowwise_pp_2", "float8 in stages, the head too", 2, f"{PIPELINE}=2",
-          model="llama3_rowwise_head", tolerance=1e-5),
+          model="llama3_rowwise_head", tolerance=1e-4),  # seen: 2e-5
     _case("float8_gathered_fsdp_2", "weights gathered as float8", 2, f"{BATCH}=6",
           "--quantize.linear.float8.enable_fsdp_float8_all_gather",
           "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",

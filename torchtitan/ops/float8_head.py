@@ -92,7 +92,7 @@ _TENSOR = Rounding(by_tensor, by_tensor)
 _ROWS_ONLY = Rounding(by_row, None)
 RECIPES = {
     "tensorwise": Recipe(_TENSOR, _TENSOR, Rounding(of_gradient, of_gradient, torch.float8_e5m2)),
-    # Of a row that holds a 1, e4m3 knows no probabilities below 2^-18, as in torchao's recipe.
+    # Beside the 1 of a label e4m3 knows no probabilities below 2^-18, as in torchao's recipe.
     "rowwise": Recipe(_ROWS, _ROWS, _ROWS),
     "rowwise_with_gw_hp": Recipe(_ROWS_ONLY, Rounding(by_row, by_tensor), _ROWS_ONLY),
 }
