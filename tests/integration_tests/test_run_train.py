@@ -74,9 +74,14 @@ def test_compiled_code_is_kept_at_home_where_that_can_be_written_to(tmp_path):
         assert (status, f"[ {expected} ]" in output) == (0, True), output
 
 
-def test_several_nodes_need_a_place_to_meet():
-    status, output = _run(NNODES="2", NGPU="1")
-    assert (status, "RDZV_ENDPOINT" in output) == (2, True), output
+@pytest.mark.parametrize(
+    "endpoint, words",
+    [("", "set RDZV_ENDPOINT=host:port"), ("nowhere.invalid:29500", "nowhere.invalid:29500, where 2 machines are to meet")],
+)
+def test_several_nodes_need_a_place_to_meet(endpoint, words):
+    batch = "--training.local_batch_size=6"
+    status, output = _run(batch, NNODES="2", NGPU="1", RDZV_ENDPOINT=endpoint)
+    assert (status, words in output) == (2, True), output
 
 
 @pytest.mark.parametrize("option, status", [("--optimizer.lr=8e-4", 0), ("--optimizer.lr=8e-3", 2)])
