@@ -254,8 +254,44 @@ def test_gradients_that_are_not_finite_stop_every_rank(tmp_path, policy, last_st
     }
     for error, _ in run_ranks(train_poisoned, 2, settings, STEPS):
         assert error.startswith(f"step {last_step}: ")
+        assert "(the gradient of tok_embeddings.weight is the first that is not finite)" in error
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert names == ["step-2", "step-4"][: last_step // 2]
+
+
+def train_to_a_nonfinite_output(settings, name):
+    """What the run ends with, where one module of the last rank returns NaN from step 2 on."""
+    trainer = build(settings, Trainer)
+
+    def poison(module, inputs, output):
+        return output * float("nan") if trainer.step >= 2 else output
+
+    if trainer.world.rank == trainer.world.size - 1:
+        dict(trainer.model.named_modules())[name].register_forward_hook(poison)
+    with pytest.raises(NonFinite) as error:
+        trainer.run()
+    return str(error.value)
+
+
+COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
+W2, ATTENTION = "layers.1.feed_forward.w2", "layers.1.attention.wo"
+POISONED = {
+    "fsdp2": ({}, W2, W2),
+    "pp2": (PP2, W2, W2),
+    "tp2": ({TENSOR: 2}, W2, W2),
+    "ep2": (EXPERTS | {"parallelism.expert_parallel_degree": 2}, ATTENTION, ATTENTION),
+    "compile": (COMPILED, "layers.1", "layers.1"),
+    "the end": (COMPILED, "norm", "norm"),
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_the_module_where_numbers_stop_being_finite_is_named(tmp_path, name):
+    changes, module, named = POISONED[name]
+    settings = COMMON | changes | {"job.dump_folder": tmp_path}
+    for error in run_ranks(train_to_a_nonfinite_output, 2, settings, module, timeout=120):
+        assert error.startswith("step 2: loss nan")
+        assert f"(the output of {named} is the first that is not finite, on rank 1)" in error
 
 
 VALIDATION = {
