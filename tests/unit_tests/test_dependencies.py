@@ -12,7 +12,7 @@ REPO = Path(__file__).parents[2]
 PROJECT = tomli.loads((REPO / "pyproject.toml").read_text())["project"]
 OPTIONAL = {"datasets", "wandb", "deep_ep"}
 """Imported in the one function that needs them, which says what to install where they are missing."""
-OF_TORCH = {"torch", "triton"}
+OF_TORCH = {"torch", "triton", "typing_extensions"}
 
 
 def roots(nodes):
