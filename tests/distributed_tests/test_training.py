@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
+from torchtitan.data.files import write_tokens
 from torchtitan.distributed.comm import BACKEND_GRACE_SECONDS, World
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.logging import logger
@@ -330,6 +331,26 @@ def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(
             assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), (name, step)
     *_, without, _ = run(tmp_path / "without")
     assert all(torch.equal(final[key], weight) for key, weight in without.items())
+
+
+def test_validation_depends_on_no_batch_size(tmp_path):
+    """Of documents that fill a sequence each: others are cut where the ones before them end."""
+    ids = torch.randint(2048, (13, 32), generator=torch.Generator().manual_seed(0))
+    write_tokens(tmp_path / "held_out.bin", ids.tolist(), 2048)
+    found = []
+    for batch_size in (12, 5, 1):
+        settings = VALIDATION | {
+            "validation.dataset": tmp_path / "held_out.bin",
+            "validation.local_batch_size": batch_size,
+            "training.local_batch_size": 12,
+            "training.steps": 3,
+        }
+        folder = tmp_path / str(batch_size)
+        run(folder, **settings)
+        assert validated_tokens(folder) == [13 * 31] * 2
+        found.append([r["validation_loss"] for r in by_step(folder).values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 def validated_tokens(folder):
