@@ -204,6 +204,37 @@ def test_a_tied_weight_moves_into_pipelines_and_out(tmp_path):
     assert ours.keys() == final.keys()
 
 
+EXPERTS = {
+    "model.name": "qwen3",
+    "model.flavor": "debugmodel_moe",
+    "model.overrides.head_dim": 16,
+    "model.overrides.moe.num_experts": 8,
+    "model.overrides.moe.top_k": 2,
+    "model.overrides.moe.ffn_dim": 24,
+}
+ALL_AT_ONCE = PP2 | {
+    TENSOR: 2,
+    CONTEXT: 2,
+    "parallelism.expert_parallel_degree": 2,  # and FSDP over the two others of a stage
+    "validation.local_batch_size": 12,
+}
+
+
+def test_all_parallelism_checkpoints_and_validation_together_are_the_same_run(tmp_path):
+    settings = EXPERTS | VALIDATION | {"validation.steps": 1, "lr_scheduler.total_steps": STEPS}
+    expected, *_ = run(tmp_path / "one", **settings, **{"training.steps": 4})
+    parts = [(2, 8, ALL_AT_ONCE), (3, 1, {}), (4, 8, ALL_AT_ONCE)]
+    stop_and_resume(tmp_path / "all", parts, **settings)
+    ours = records(tmp_path / "all")
+    assert list(ours) == list(expected)
+    for step, record in expected.items():
+        for value in ("loss", "grad_norm"):
+            assert ours[step][value] == pytest.approx(record[value], rel=1e-6), (step, value)
+    held_out = by_step(tmp_path / "all")
+    for step, record in by_step(tmp_path / "one").items():
+        assert held_out[step]["validation_loss"] == pytest.approx(record["validation_loss"], rel=1e-6)
+
+
 class PoisonedTrainer(RecordingTrainer):
     """A gradient on the last rank alone is not finite, from step 3 to `last_poisoned`."""
 
