@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -21,9 +22,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import parse_args, run
 
 from torchtitan import preflight, train
+from torchtitan.config.faults import EXIT_CONFIG
 from torchtitan.preemption import EXIT_START_AGAIN, STOP_SIGNALS
 
 TRAIN_MODULE = "torchtitan.train"
@@ -39,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         status = _checked(args.training_script_args)
         if status != 0:
             return status
+    if args.rdzv_endpoint and args.nnodes != "1" and not _finds(args.rdzv_endpoint, args.nnodes):
+        return EXIT_CONFIG
     own_log_dir = None if args.log_dir else tempfile.mkdtemp(prefix="torchtitan_logs_")
     args.log_dir = args.log_dir or own_log_dir
     # torchrun would kill ranks that still save 30 s after it has passed a signal on.
@@ -72,6 +77,18 @@ def _checked(argv: Sequence[str]) -> int:
 
 def _exit_as_checked(argv: Sequence[str]) -> None:
     sys.exit(preflight.main(argv))
+
+
+def _finds(endpoint: str, nnodes: str) -> bool:
+    """Say where so many machines meet, and whether that one is known here: torchrun would try for minutes."""
+    host, _ = parse_rendezvous_endpoint(endpoint, default_port=-1)
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        print(f"{endpoint}, where {nnodes} machines are to meet: {error.strerror}.", file=sys.stderr)
+        return False
+    print(f"{nnodes} machines meet at {endpoint}", file=sys.stderr)
+    return True
 
 
 def _end_when_saved() -> None:

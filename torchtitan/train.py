@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from torchtitan.agreement import check_agreement
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.distributed.comm import (
@@ -52,9 +53,10 @@ def main(argv: Sequence[str]) -> int:
     init_process_group(config.comm, dump_folder, device)
     with Watchdog(world, timeout, dump_folder, sigterm_ends=not resumable) as watchdog:
         try:
+            check_agreement(config)
             setup = prepare_again(setup, world.size, device)
         except ConfigError as error:
-            if world.rank == 0:
+            if world.local_rank == 0:  # on every machine: its user may look there
                 report(error, argv)
             status = EXIT_CONFIG
         else:

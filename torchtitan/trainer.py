@@ -27,6 +27,7 @@ from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
+from torchtitan.nonfinite import why_not_finite
 from torchtitan.observability.clock import StartClock
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
@@ -68,9 +69,9 @@ class Trainer:
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
-        self.nonfinite = NonFiniteGuard(config.training, self.expert_load.overflow)
-        named = self.model.named_parameters()
-        seed = config.debug.seed
+        why = partial(why_not_finite, self.expert_load, self.model, config.compile, lambda: self.batch)
+        self.nonfinite = NonFiniteGuard(config.training, why)
+        named, seed = self.model.named_parameters(), config.debug.seed
         self.optimizer = build_optimizer(named, config.optimizer, self.precision.compute, seed)
         self.checkpoints = CheckpointManager(
             config.checkpoint,
@@ -160,10 +161,10 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch) -> None:
-        degrees, batch = self.setup.degrees, batch.cut(self.part)
-        num_tokens = self._over_ranks(batch.num_valid_tokens)
+        degrees, self.batch = self.setup.degrees, batch.cut(self.part)
+        num_tokens = self._over_ranks(self.batch.num_valid_tokens)
         with self.metrics.forward_backward():
-            loss = self._forward_backward(batch, num_tokens) / degrees.tp
+            loss = self._forward_backward(self.batch, num_tokens) / degrees.tp
 
         self.watchdog.mark(self.step, "optimizer")
         norm, loss = global_grad_norm(self.model.parameters(), loss, degrees.stage_size)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.data.batch import batch_hash
+from torchtitan.data.files import write_tokens
 from torchtitan.distributed.comm import BACKEND_GRACE_SECONDS, World
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.logging import logger
@@ -203,6 +204,37 @@ def test_a_tied_weight_moves_into_pipelines_and_out(tmp_path):
     assert ours.keys() == final.keys()
 
 
+EXPERTS = {
+    "model.name": "qwen3",
+    "model.flavor": "debugmodel_moe",
+    "model.overrides.head_dim": 16,
+    "model.overrides.moe.num_experts": 8,
+    "model.overrides.moe.top_k": 2,
+    "model.overrides.moe.ffn_dim": 24,
+}
+ALL_AT_ONCE = PP2 | {
+    TENSOR: 2,
+    CONTEXT: 2,
+    "parallelism.expert_parallel_degree": 2,  # and FSDP over the two others of a stage
+    "validation.local_batch_size": 12,
+}
+
+
+def test_all_parallelism_checkpoints_and_validation_together_are_the_same_run(tmp_path):
+    settings = EXPERTS | VALIDATION | {"validation.steps": 1, "lr_scheduler.total_steps": STEPS}
+    expected, *_ = run(tmp_path / "one", **settings, **{"training.steps": 4})
+    parts = [(2, 8, ALL_AT_ONCE), (3, 1, {}), (4, 8, ALL_AT_ONCE)]
+    stop_and_resume(tmp_path / "all", parts, **settings)
+    ours = records(tmp_path / "all")
+    assert list(ours) == list(expected)
+    for step, record in expected.items():
+        for value in ("loss", "grad_norm"):
+            assert ours[step][value] == pytest.approx(record[value], rel=1e-6), (step, value)
+    held_out = by_step(tmp_path / "all")
+    for step, record in by_step(tmp_path / "one").items():
+        assert held_out[step]["validation_loss"] == pytest.approx(record["validation_loss"], rel=1e-6)
+
+
 class PoisonedTrainer(RecordingTrainer):
     """A gradient on the last rank alone is not finite, from step 3 to `last_poisoned`."""
 
@@ -254,8 +286,44 @@ def test_gradients_that_are_not_finite_stop_every_rank(tmp_path, policy, last_st
     }
     for error, _ in run_ranks(train_poisoned, 2, settings, STEPS):
         assert error.startswith(f"step {last_step}: ")
+        assert "(the gradient of tok_embeddings.weight is the first that is not finite)" in error
     names = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert names == ["step-2", "step-4"][: last_step // 2]
+
+
+def train_to_a_nonfinite_output(settings, name):
+    """What the run ends with, where one module of the last rank returns NaN from step 2 on."""
+    trainer = build(settings, Trainer)
+
+    def poison(module, inputs, output):
+        return output * float("nan") if trainer.step >= 2 else output
+
+    if trainer.world.rank == trainer.world.size - 1:
+        dict(trainer.model.named_modules())[name].register_forward_hook(poison)
+    with pytest.raises(NonFinite) as error:
+        trainer.run()
+    return str(error.value)
+
+
+COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
+W2, ATTENTION = "layers.1.feed_forward.w2", "layers.1.attention.wo"
+POISONED = {
+    "fsdp2": ({}, W2, W2),
+    "pp2": (PP2, W2, W2),
+    "tp2": ({TENSOR: 2}, W2, W2),
+    "ep2": (EXPERTS | {"parallelism.expert_parallel_degree": 2}, ATTENTION, ATTENTION),
+    "compile": (COMPILED, "layers.1", "layers.1"),
+    "the end": (COMPILED, "norm", "norm"),
+}
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_the_module_where_numbers_stop_being_finite_is_named(tmp_path, name):
+    changes, module, named = POISONED[name]
+    settings = COMMON | changes | {"job.dump_folder": tmp_path}
+    for error in run_ranks(train_to_a_nonfinite_output, 2, settings, module, timeout=120):
+        assert error.startswith("step 2: loss nan")
+        assert f"(the output of {named} is the first that is not finite, on rank 1)" in error
 
 
 VALIDATION = {
@@ -294,6 +362,26 @@ def test_validation_is_the_same_on_every_layout_and_leaves_training_alone(
             assert record["validation_loss"] == pytest.approx(losses[step], rel=1e-6), (name, step)
     *_, without, _ = run(tmp_path / "without")
     assert all(torch.equal(final[key], weight) for key, weight in without.items())
+
+
+def test_validation_depends_on_no_batch_size(tmp_path):
+    """Of documents that fill a sequence each: others are cut where the ones before them end."""
+    ids = torch.randint(2048, (13, 32), generator=torch.Generator().manual_seed(0))
+    write_tokens(tmp_path / "held_out.bin", ids.tolist(), 2048)
+    found = []
+    for batch_size in (12, 5, 1):
+        settings = VALIDATION | {
+            "validation.dataset": tmp_path / "held_out.bin",
+            "validation.local_batch_size": batch_size,
+            "training.local_batch_size": 12,
+            "training.steps": 3,
+        }
+        folder = tmp_path / str(batch_size)
+        run(folder, **settings)
+        assert validated_tokens(folder) == [13 * 31] * 2
+        found.append([r["validation_loss"] for r in by_step(folder).values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 def validated_tokens(folder):

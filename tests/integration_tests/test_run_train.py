@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,9 +74,28 @@ def test_compiled_code_is_kept_at_home_where_that_can_be_written_to(tmp_path):
         assert (status, f"[ {expected} ]" in output) == (0, True), output
 
 
-def test_several_nodes_need_a_place_to_meet():
-    status, output = _run(NNODES="2", NGPU="1")
-    assert (status, "RDZV_ENDPOINT" in output) == (2, True), output
+@pytest.mark.parametrize(
+    "endpoint, words",
+    [("", "set RDZV_ENDPOINT=host:port"), ("nowhere.invalid:29500", "nowhere.invalid:29500, where 2 machines are to meet")],
+)
+def test_several_nodes_need_a_place_to_meet(endpoint, words):
+    batch = "--training.local_batch_size=6"
+    status, output = _run(batch, NNODES="2", NGPU="1", RDZV_ENDPOINT=endpoint)
+    assert (status, words in output) == (2, True), output
+
+
+@pytest.mark.parametrize("option, status", [("--optimizer.lr=8e-4", 0), ("--optimizer.lr=8e-3", 2)])
+def test_machines_train_together_where_they_were_started_alike(tmp_path, option, status):
+    with socket.create_server(("localhost", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    common = [f"--job.dump_folder={tmp_path}", "--training.steps=2", "--training.local_batch_size=1"]
+    machines = [
+        _start(*common, *own, NNODES="2", NGPU="1", RDZV_ENDPOINT=endpoint) for own in ([], [option])
+    ]
+    outputs = [machine.communicate(timeout=60)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [status] * 2, outputs
+    said = f"differs between ranks: it is 0.008 on {socket.gethostname()} (rank 1)"
+    assert [said in output for output in outputs] == [status == 2] * 2, outputs
 
 
 @pytest.mark.parametrize("ngpu", ["1", "2"])

@@ -68,6 +68,8 @@ class Kernels:
     """(x (R, ...), counts) -> x, zero in the rows of no group, in place."""
     exact: "Kernels | None" = None
     """Where `rows` or `weights` quantize: those that do not."""
+    name: str = ""
+    """What multiplies, in words for the log."""
 
 
 def choose(
@@ -135,6 +137,7 @@ def _fused() -> Kernels:
         operand=lambda rows: rows,
         up=lambda a, *others: products.up(*split(a), *others),
         down_backward=lambda d_y, *others: products.down_backward(*split(d_y), *others),
+        name="grouped GEMM with gathers and gating inside",
     )
 
 
@@ -239,12 +242,13 @@ def _reference_swiglu_backward(
     return act, d_z, None if scores is None else d_scores
 
 
-GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights)
-LOOP = Kernels(_loop, _loop_weights)
+GROUPED_MM = Kernels(_grouped_mm, _grouped_mm_weights, name="grouped GEMM")
+LOOP = Kernels(_loop, _loop_weights, name="a loop over experts")
 REFERENCE = Kernels(
     grouped_product,
     _reference_weights,
     swiglu=_reference_swiglu,
     swiglu_backward=_reference_swiglu_backward,
+    name="the reference's blocks of rows",
 )
-REFERENCE_ON_GPU = Kernels(grouped_product, _loop_weights)
+REFERENCE_ON_GPU = Kernels(grouped_product, _loop_weights, name="the reference's blocks of rows")

@@ -6,12 +6,14 @@ backward keeps only what it needs: its input, the pre-activation z (R, 2F), scor
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from torchtitan.logging import logger
 from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
 from torchtitan.ops.rows import sum_rows
@@ -249,7 +251,14 @@ def _wide(x: Tensor) -> torch.dtype:
 def _kernels(backend: str, weights: Weights, max_rows: int) -> Kernels:
     w13, _, *biases = weights
     fusible = not max_rows and biases == [None, None]
-    return choose(backend, w13.dtype, w13.device, *w13.shape[2:], fusible=fusible)
+    kernels = choose(backend, w13.dtype, w13.device, *w13.shape[2:], fusible=fusible)
+    _say(kernels.name, w13.dtype, *w13.shape[2:])
+    return kernels
+
+
+@cache
+def _say(name: str, dtype: torch.dtype, hidden: int, dim: int) -> None:
+    logger.info(f"experts of width {hidden} x {dim} multiply in {dtype} by {name}")
 
 
 @grouped_experts.register_fake

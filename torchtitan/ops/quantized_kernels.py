@@ -57,9 +57,10 @@ def choose(
         return expert_kernels.choose(backend, dtype, device, *widths, fusible=fusible)
     exact = expert_kernels.choose("auto", dtype, device, *widths)
     if backend.startswith(EMULATED):
-        return emulated(recipe, exact)
+        return replace(emulated(recipe, exact), name=backend)
     assert device.type == "cuda" and dtype == torch.bfloat16, f"{backend}: {dtype} on {device}"
-    return replace(exact, rows=recipe.rows, weights=recipe.weights or exact.weights, exact=exact)
+    weights = recipe.weights or exact.weights
+    return replace(exact, rows=recipe.rows, weights=weights, exact=exact, name=backend)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchtitan import routing
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.ops import expert_kernels
-from torchtitan.ops.experts import grouped_experts, grouped_experts_backward
+from torchtitan.ops.experts import _say, grouped_experts, grouped_experts_backward
 from torchtitan.ops.swiglu import Gating
 
 COUNTS = {
@@ -142,6 +142,26 @@ def test_kernels_are_chosen_by_type_and_width():
     assert expert_kernels.choose("auto", torch.bfloat16, cpu, 16, 20) is expert_kernels.LOOP
     assert expert_kernels.choose("auto", torch.float64, cpu, 16, 24) is expert_kernels.LOOP
     assert expert_kernels.choose("reference", torch.float32, cpu, 16, 24) is expert_kernels.REFERENCE
+
+
+SAID = {
+    "grouped GEMM": {},
+    "a loop over experts": {"hidden": 22},
+    "the reference's blocks of rows": {"backend": "reference"},
+    "emulated_mxfp8": {"backend": "emulated_mxfp8", "dim": 32, "hidden": 32},
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_multiplies_is_said_once(name, caplog):
+    caplog.set_level("INFO", "torchtitan")
+    _say.cache_clear()
+    options = {"dim": 16, "hidden": 24} | SAID[name]
+    experts = build(**options)
+    for _ in range(2):
+        experts(*inputs([32, 0, 32, 0], dim=options["dim"]))
+    sizes = f"{options['hidden']} x {options['dim']}"
+    assert caplog.messages == [f"experts of width {sizes} multiply in torch.float32 by {name}"]
 
 
 IDS = torch.tensor([[2, 0], [0, 2], [2, 3], [1, 2], [2, 0], [2, 1]])  # of experts: (T, K)
