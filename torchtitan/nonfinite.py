@@ -1,7 +1,6 @@
 """Where did numbers stop being finite? Asked after a step whose loss or gradient is not."""
 
 import re
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,18 +20,16 @@ from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.models.moe.router import Routing
 
 
-def why_not_finite(
-    load: ExpertLoad, model: ModelParts, compiling: Compile, batch: Callable[[], Batch]
-) -> str:
+def why_not_finite(load: ExpertLoad, model: ModelParts, compiling: Compile, batch: Batch) -> str:
     """In words: a rank without room, else the first module whose output is not finite, or gradient.
 
-    Collective. `batch()` is what the step was taken on: its forward is done once more, a sequence at a
+    Collective. `batch` is what the step was taken on: its forward is done once more, a sequence at a
     time, on the same weights. Its gradients must still be there.
     """
     if cause := load.overflow():
         return cause
     compiled = compiling.enable and "model" in compiling.components
-    modules = _nonfinite_outputs(model, compiled, batch())
+    modules = _nonfinite_outputs(model, compiled, batch)
     weights = [name for name, weight in model.named_parameters() if not _is_finite(weight.grad)]
     found: list = [None] * dist.get_world_size()
     dist.all_gather_object(found, (min(modules, default=None), weights))

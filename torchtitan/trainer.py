@@ -69,8 +69,7 @@ class Trainer:
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
-        why = partial(why_not_finite, self.expert_load, self.model, config.compile, lambda: self.batch)
-        self.nonfinite = NonFiniteGuard(config.training, why)
+        self.nonfinite = NonFiniteGuard(config.training)
         named, seed = self.model.named_parameters(), config.debug.seed
         self.optimizer = build_optimizer(named, config.optimizer, self.precision.compute, seed)
         self.checkpoints = CheckpointManager(
@@ -161,10 +160,10 @@ class Trainer:
         )
 
     def _train_step(self, batch: Batch) -> None:
-        degrees, self.batch = self.setup.degrees, batch.cut(self.part)
-        num_tokens = self._over_ranks(self.batch.num_valid_tokens)
+        degrees, batch = self.setup.degrees, batch.cut(self.part)
+        num_tokens = self._over_ranks(batch.num_valid_tokens)
         with self.metrics.forward_backward():
-            loss = self._forward_backward(self.batch, num_tokens) / degrees.tp
+            loss = self._forward_backward(batch, num_tokens) / degrees.tp
 
         self.watchdog.mark(self.step, "optimizer")
         norm, loss = global_grad_norm(self.model.parameters(), loss, degrees.stage_size)
@@ -172,6 +171,8 @@ class Trainer:
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
+        why = partial(why_not_finite, self.expert_load, self.model, self.config.compile, batch)
+        self.nonfinite.known_cause = why  # not a method: a cycle would keep the loader's workers alive
         may_step = self.nonfinite.may_step(self.step, loss_value, norm_value)
         if may_step:
             set_learning_rate(self.optimizer, lr)
