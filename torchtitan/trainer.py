@@ -172,8 +172,7 @@ class Trainer:
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
         why = partial(why_not_finite, self.expert_load, self.model, self.config.compile, batch)
-        self.nonfinite.known_cause = why  # not a method: a cycle would keep the loader's workers alive
-        may_step = self.nonfinite.may_step(self.step, loss_value, norm_value)
+        may_step = self.nonfinite.may_step(self.step, loss_value, norm_value, why)
         if may_step:
             set_learning_rate(self.optimizer, lr)
             take_step(self.optimizer, factor)

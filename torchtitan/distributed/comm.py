@@ -1,5 +1,6 @@
 """Where this process stands among the others: its rank, its device, its process group and timeouts."""
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,6 +112,7 @@ def destroy_process_group() -> None:
     """Leave together: a rank that leaves early breaks the last collective of a slower one."""
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()  # a group that lives in a cycle until Python ends may find its threads ended, and abort
 
 
 def collectives_started() -> dict[str, int]:

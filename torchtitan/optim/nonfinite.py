@@ -14,22 +14,23 @@ class NonFinite(RuntimeError):
 class NonFiniteGuard:
     """Skips steps or ends the run, as training.on_nonfinite says; one a rank, for the whole run."""
 
-    def __init__(self, config: Training, known_cause: Callable[[], str] = lambda: ""):
-        """known_cause() says why, or nothing; it is asked after a step that is not finite, on all ranks."""
+    def __init__(self, config: Training):
         self.config = config
-        self.known_cause = known_cause
         self.num_skipped = 0
 
-    def may_step(self, step: int, loss: float, norm: float) -> bool:
+    def may_step(
+        self, step: int, loss: float, norm: float, why: Callable[[], str] = lambda: ""
+    ) -> bool:
         """Whether to take the optimizer step; all ranks see the same global values, and agree.
 
-        Raises NonFinite under "stop", and after more than max_skipped_steps skips in a row.
+        Where they are not finite all ranks ask `why`, which says "" where it does not know. Raises
+        NonFinite under "stop", and after more than max_skipped_steps skips in a row.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             self.num_skipped = 0
             return True
         self.num_skipped += 1
-        cause = self.known_cause()
+        cause = why()
         what = f"step {step}: loss {loss}, gradient norm {norm}{cause and f' ({cause})'}"
         config = self.config
         if config.on_nonfinite == "stop" or self.num_skipped > config.max_skipped_steps:
