@@ -17,6 +17,7 @@ from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.without_gpus import without_gpus
 from torchtitan.data.batch import Batch
+from torchtitan.distributed.cast_copy import cast_copy
 from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fake import CollectiveCounter, fake_ranks, skip_vote
 from torchtitan.distributed.fsdp import Precision
@@ -156,7 +157,8 @@ def _be(
                 gradients = step()
         moments = list(held_tensors(optimizer.state))
         weights = list(model.parameters())
-        sizes = {"weights": weights, "gradients": gradients, "optimizer state": moments}
+        copies = [copy.tensor for weight in weights if (copy := cast_copy(weight)) is not None]
+        sizes = {"weights": [*weights, *copies], "gradients": gradients, "optimizer state": moments}
         return StageReport(
             rank,
             sum(_local(weight).numel() for weight in weights),

@@ -30,6 +30,8 @@ from torchtitan.config.faults import EXIT_CONFIG
 from torchtitan.preemption import EXIT_START_AGAIN, STOP_SIGNALS
 
 TRAIN_MODULE = "torchtitan.train"
+NAME_PATIENCE = 15.0
+"""Seconds that the name of the meeting place may take to be known: clusters start machines one by one."""
 LAST_LINES = 30
 
 
@@ -82,13 +84,22 @@ def _exit_as_checked(argv: Sequence[str]) -> None:
 def _finds(endpoint: str, nnodes: str) -> bool:
     """Say where so many machines meet, and whether that one is known here: torchrun would try for minutes."""
     host, _ = parse_rendezvous_endpoint(endpoint, default_port=-1)
+    deadline = time.monotonic() + NAME_PATIENCE
+    while reason := _why_unknown(host):
+        if time.monotonic() > deadline:
+            print(f"{endpoint}, where {nnodes} machines are to meet: {reason}.", file=sys.stderr)
+            return False
+        time.sleep(1.0)
+    print(f"{nnodes} machines meet at {endpoint}", file=sys.stderr)
+    return True
+
+
+def _why_unknown(host: str) -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        print(f"{endpoint}, where {nnodes} machines are to meet: {error.strerror}.", file=sys.stderr)
-        return False
-    print(f"{nnodes} machines meet at {endpoint}", file=sys.stderr)
-    return True
+        return error.strerror
+    return ""
 
 
 def _end_when_saved() -> None:

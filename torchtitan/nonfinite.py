@@ -37,8 +37,8 @@ def why_not_finite(load: ExpertLoad, model: ModelParts, compiling: Compile, batc
     if outputs:
         *_, name, rank = min(outputs)
         return f"the output of {name or 'the model'} is the first that is not finite, on rank {rank}"
-    names = [name for _, names in found for name in names]
-    # Backward came to the deepest one first.
+    # Backward came to the last and deepest one first.
+    names = [name for _, names in found for name in reversed(names)]
     return f"the gradient of {max(names, key=_depth)} is the first that is not finite" if names else ""
 
 

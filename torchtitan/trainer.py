@@ -171,8 +171,9 @@ class Trainer:
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
         lr = self._learning_rate()
-        why = partial(why_not_finite, self.expert_load, self.model, self.config.compile, batch)
-        may_step = self.nonfinite.may_step(self.step, loss_value, norm_value, why)
+        may_step = self.nonfinite.may_step(
+            self.step, loss_value, norm_value, partial(self._why_not_finite, batch)
+        )
         if may_step:
             set_learning_rate(self.optimizer, lr)
             take_step(self.optimizer, factor)
@@ -190,6 +191,10 @@ class Trainer:
                 n_tokens_seen=self.n_tokens_seen,
                 **self.expert_load.statistics(),
             )
+
+    def _why_not_finite(self, batch: Batch) -> str:
+        with self._pause("a step that is not finite"), self.arithmetic:
+            return why_not_finite(self.expert_load, self.model, self.config.compile, batch)
 
     def _forward_backward(self, batch: Batch, num_tokens: int) -> torch.Tensor:
         """Accumulate the gradient of the mean loss over the global batch's valid tokens.

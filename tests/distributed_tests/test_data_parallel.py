@@ -169,6 +169,15 @@ def test_bfloat16_is_the_same_policy_at_any_world_size():
     assert max(errors) > 1e-4  # it did compute in bfloat16
 
 
+def test_the_two_uses_of_a_tied_weight_add_up_in_float32():
+    """On one rank, where other gradients stay in the compute dtype."""
+    config = job(training={"mixed_precision_param": "bfloat16"})
+    [(_, grads, *_)] = run_ranks(gradients, 1, tiny(enable_weight_tying=True), config)
+    tied = grads.pop("tok_embeddings.weight")
+    assert tied.dtype == grads.pop("norm.weight").dtype == torch.float32
+    assert {grad.dtype for grad in grads.values()} == {torch.bfloat16}
+
+
 @contextmanager
 def saved_tensors(model):
     """Collects what forward keeps for backward, weights and their views aside: {address: tensor}."""

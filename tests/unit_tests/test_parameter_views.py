@@ -1,5 +1,8 @@
 """Copies of parameters in the compute dtype: whose gradients, whose names, and when they follow."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -95,9 +98,21 @@ def test_copies_follow_what_is_loaded():
         assert torch.equal(module.weight, module._parameters["weight"].to(DTYPE))
 
 
-def test_frozen_parameters_have_copies_without_gradients():
+def test_frozen_parameters_have_no_gradients_until_they_are_thawed():
     layers = model(True)
     layers[0]._parameters["weight"].requires_grad_(False)
     backward(layers, 0)
     assert not layers[0].weight.requires_grad and layers[1].weight.requires_grad
     assert gradients(layers)["0.weight"] is None
+    layers[0]._parameters["weight"].requires_grad_(True)
+    backward(layers, 0)
+    assert gradients(layers)["0.weight"] is not None
+
+
+def test_copies_live_no_longer_than_the_model():
+    layers = model(True)
+    backward(layers, 0)
+    tensors = [weakref.ref(cast_copy(parameter).tensor) for parameter in layers.parameters()]
+    del layers
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None] * 4

@@ -1,6 +1,7 @@
 """Copies of parameters in the compute dtype, which the optimizer may write together with them."""
 
 import weakref
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,18 +24,17 @@ class CastCopy:
     """
 
     def __init__(self, source: nn.Parameter, dtype: torch.dtype):
-        copied = torch.empty_like(local_part(source.detach()), dtype=dtype)
-        self.tensor = nn.Parameter(copied, source.requires_grad)
+        self.tensor = nn.Parameter(torch.empty_like(local_part(source.detach()), dtype=dtype))
         self._source = weakref.ref(source)
         self._versions = (-1, -1)
-        if source.requires_grad:
-            source.grad_dtype = None  # any
-            self.tensor.register_post_accumulate_grad_hook(self._hand_over)
+        source.grad_dtype = None  # any
+        self.tensor.register_post_accumulate_grad_hook(partial(_hand_over, self._source))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow the parameter, if it has changed since."""
+        """Follow the parameter, if it has changed since: by what autograd counts, so not by `.data`."""
         source = self._source()
+        self.tensor.requires_grad_(source.requires_grad)
         if self._versions != _versions(source):
             self.tensor.copy_(local_part(source))
             self._versions = _versions(source)
@@ -45,13 +45,15 @@ class CastCopy:
         increment_version(self._source())
         self._versions = _versions(self._source())
 
-    def _hand_over(self, tensor: torch.Tensor) -> None:
-        source, grad, tensor.grad = self._source(), tensor.grad, None
-        if isinstance(source, DTensor):
-            shape = {"shape": source.shape, "stride": source.stride()}
-            layout = (source.device_mesh, source.placements)
-            grad = DTensor.from_local(grad, *layout, run_check=False, **shape)
-        source.grad = grad if source.grad is None else source.grad.to(source.dtype).add_(grad)
+
+# No method: from the hook, which is C++'s, a cycle would lead to the tensor, and nobody would find it.
+def _hand_over(of: weakref.ref[nn.Parameter], tensor: torch.Tensor) -> None:
+    source, grad, tensor.grad = of(), tensor.grad, None
+    if isinstance(source, DTensor):
+        shape = {"shape": source.shape, "stride": source.stride()}
+        layout = (source.device_mesh, source.placements)
+        grad = DTensor.from_local(grad, *layout, run_check=False, **shape)
+    source.grad = grad if source.grad is None else source.grad.to(source.dtype).add_(grad)
 
 
 def _versions(parameter: nn.Parameter) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Data parallelism through FSDP2: sharded, replicated, or both; and the precision policy with it.
 
-One precision policy holds at any world size: a single rank, which has nothing to shard, casts its
-weights where they are used. Every reduction is a SUM: the loss is already divided by the tokens of
+One precision policy holds at any world size: a single rank, which has nothing to shard, computes with
+copies of its weights. Every reduction is a SUM: the loss is already divided by the tokens of
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
@@ -69,9 +69,9 @@ def apply_fsdp(
     """
     dense = meshes.dense
     pipelined = dense["pp"].size() > 1
-    by_itself = partial(_compute_by_itself, model, precision=precision, kept=not pipelined)
+    by_itself = partial(_compute_by_itself, model, precision=precision, pipelined=pipelined)
     if dense.size() == dense["pp"].size() and not offload:
-        by_itself(model.modules())
+        by_itself([name for unit in units for name in unit])
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
@@ -82,7 +82,7 @@ def apply_fsdp(
     weights = {w for name in experts for w in model.get_submodule(name).parameters()}
     alone = not offload and _alone(of_experts, meshes)
     if alone:
-        by_itself([model.get_submodule(name) for name in experts])
+        by_itself(experts, rest=False)
     ignored = weights if alone else set()
     shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads, ignored_params=ignored)
     placement = partial(_expert_placement, weights, of_experts.size(-1))
@@ -118,14 +118,21 @@ def _alone(of_experts: DeviceMesh, meshes: Meshes) -> bool:
 
 
 def _compute_by_itself(
-    model: nn.Module, modules: Iterable[nn.Module], precision: Precision, kept: bool
+    model: nn.Module, names: Sequence[str], precision: Precision, pipelined: bool, rest: bool = True
 ) -> None:
     """Have modules of `model` whose weights no other rank shares compute in the run's precision.
 
-    A pipeline keeps no copies: its split backward looks for gradients at the parameters themselves.
+    All of it with the `rest`: what is not within `names`, as a tied weight, is used in several places.
+    There copies would add gradients up in their own dtype, and in a pipeline its split backward looks for
+    gradients at the parameters themselves: neither keeps any.
     """
-    if precision.compute != precision.store:
-        use_cast_parameters(model, modules, precision.compute, kept)
+    if precision.compute == precision.store:
+        return
+    inside = {module: None for name in names for module in model.get_submodule(name).modules()}
+    use_cast_parameters(model, inside, precision.compute, kept=not pipelined)
+    if rest:
+        others = [module for module in model.modules() if module not in inside]
+        use_cast_parameters(model, others, precision.compute, kept=False)
 
 
 def _expert_placement(

@@ -39,8 +39,8 @@ def use_cast_parameters(
 
     Gradients add up in the parameters' own dtype. Where copies are not `kept`, one is made at each use,
     in a compiled block by one of its kernels: what FSDP does on a single rank takes three times the
-    traffic. Kept, they are made anew where a parameter has changed; see `CastCopy`. Parameters with
-    several uses, and wrappers of torchao, are cast at each use in any case.
+    traffic. Kept, they are made anew where a parameter has changed; see `CastCopy`. Parameters of several
+    modules, and wrappers of torchao, are cast at each use in any case.
     """
     named = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     uses = Counter(id(parameter) for _, _, parameter in named)

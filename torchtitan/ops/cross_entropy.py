@@ -84,7 +84,8 @@ def chunked_linear_cross_entropy(
     logits are kept, and none is computed twice.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    if missing := -len(labels) % products.multiple:  # tokens of zeros, without labels: they add nothing
+    few = products.multiple if len(labels) == 0 else 0
+    if missing := few or -len(labels) % products.multiple:  # of zeros, without labels: they add nothing
         hidden, labels = F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=IGNORED)
     return _ChunkedLinearCrossEntropy.apply(hidden, weight, labels, products, torch.is_grad_enabled())
 
@@ -123,8 +124,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x * factor in dtype, in one pass."""
-    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+    """x * factor, a scalar, rounded once to dtype, in one pass."""
+    # As a scalar it would be rounded to x's dtype first, on GPUs.
+    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def _chunk_size(weight: torch.Tensor, multiple: int) -> int:

@@ -150,3 +150,13 @@ def test_what_is_not_finite_shows(recipe, bad, monkeypatch):
     hidden[1, 3, 5] = bad
     loss, d_hidden, d_weight = results(products(recipe, True), (hidden, weight, labels), monkeypatch)
     assert not loss.isfinite() and not d_hidden.isfinite().all() and not d_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_tokens_at_all_have_no_loss(recipe):
+    hidden, weight, _ = inputs()
+    hidden = hidden[:0].clone().requires_grad_()
+    labels = torch.zeros(0, TOKENS // 7, dtype=torch.int64)
+    loss = chunked_linear_cross_entropy(hidden, weight, labels, products(recipe, emulate=True))
+    loss.backward()
+    assert loss == 0 and hidden.grad.shape == hidden.shape
