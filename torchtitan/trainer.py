@@ -170,7 +170,8 @@ class Trainer:
         factor = clip_factor(norm, self.config.training.max_norm)
         self.loader.prefetch()  # a GPU is still busy with backward
         norm_value, loss_value = torch.stack([norm, loss]).tolist()
-        lr = self._learning_rate()
+        schedule = self.config.lr_scheduler
+        lr = learning_rate(self.step, self.config.optimizer.lr, schedule, self.config.training.steps)
         may_step = self.nonfinite.may_step(
             self.step, loss_value, norm_value, partial(self._why_not_finite, batch)
         )
@@ -224,12 +225,6 @@ class Trainer:
         dist.all_reduce(totals)
         self.stopping |= bool(totals[1])
         return int(totals[0]) // self.setup.degrees.token_copies
-
-    def _learning_rate(self) -> float:
-        config = self.config
-        return learning_rate(
-            self.step, config.optimizer.lr, config.lr_scheduler, config.training.steps
-        )
 
     def _validate(self) -> None:
         validation = self.config.validation

@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed_tests.test_training import (
     COMMON,
+    EXPERTS,
     PP2,
     RecordingTrainer,
     build,
@@ -19,14 +20,6 @@ from torchtitan.config.schema import Debug
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.reproducibility import arithmetic, make_deterministic
 
-EXPERTS = {
-    "model.name": "qwen3",
-    "model.flavor": "debugmodel_moe",
-    "model.overrides.head_dim": 16,
-    "model.overrides.moe.num_experts": 8,
-    "model.overrides.moe.top_k": 2,
-    "model.overrides.moe.ffn_dim": 24,
-}
 EP2 = EXPERTS | {"parallelism.expert_parallel_degree": 2}
 COMPILED = {"compile.enable": True, "compile.backend": "aot_eager"}
 PACKED = {"model.flavor": "debugmodel_varlen_attn", "activation_checkpoint.mode": "full"}

@@ -101,6 +101,12 @@ def test_state_is_counted_as_the_optimizer_keeps_it(name, bytes_a_parameter):
     assert exchanges == ({"fsdp", "tp"} if name == "Muon" else set())
 
 
+def test_copies_that_one_rank_keeps_are_counted_and_its_gradients_in_their_dtype():
+    report = dry(SMALL | {"training.mixed_precision_param": "bfloat16"}, 0, 1)
+    assert report.bytes["weights"] == (4 + 2) * report.num_parameters
+    assert report.bytes["gradients"] == 2 * report.num_parameters
+
+
 def test_all_that_cannot_work_is_said():
     config = load_config(arguments(SMALL | {"parallelism.tensor_parallel_degree": 3, "training.seq_len": 31}))
     with pytest.raises(ConfigError) as error:
