@@ -101,10 +101,12 @@ def test_state_is_counted_as_the_optimizer_keeps_it(name, bytes_a_parameter):
     assert exchanges == ({"fsdp", "tp"} if name == "Muon" else set())
 
 
-def test_copies_that_one_rank_keeps_are_counted_and_its_gradients_in_their_dtype():
-    report = dry(SMALL | {"training.mixed_precision_param": "bfloat16"}, 0, 1)
+@pytest.mark.parametrize(("batch", "bytes_a_gradient"), [(12, 2), (6, 4)], ids=["one", "two microbatches"])
+def test_copies_that_one_rank_keeps_are_counted_and_gradients_as_they_are(batch, bytes_a_gradient):
+    bfloat16 = {"training.mixed_precision_param": "bfloat16", "training.local_batch_size": batch}
+    report = dry(SMALL | bfloat16, 0, 1)
     assert report.bytes["weights"] == (4 + 2) * report.num_parameters
-    assert report.bytes["gradients"] == 2 * report.num_parameters
+    assert report.bytes["gradients"] == bytes_a_gradient * report.num_parameters
 
 
 def test_all_that_cannot_work_is_said():
