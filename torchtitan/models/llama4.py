@@ -25,7 +25,7 @@ from torchtitan.models.hf_format import (
 )
 from torchtitan.models.limits import size_faults
 from torchtitan.models.moe.config import MoEConfig
-from torchtitan.models.rope import RoPEScaling, apply_rope, halves_from_pairs
+from torchtitan.models.rope import RoPEScaling, apply_rope, apply_rope_to_neighbours
 from torchtitan.weight_map import Permute, Rename
 
 
@@ -114,7 +114,7 @@ class RotatedAttention(Attention):
     def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
         q, k, v = self.heads(x)
         angles = rope[..., : self.head_dim // 2]
-        q, k = (apply_rope(halves_from_pairs(y), angles) for y in (q, k))
+        q, k = (apply_rope_to_neighbours(y, angles) for y in (q, k))
         if self.norm_eps is not None:
             q, k = (F.rms_norm(y, y.shape[-1:], eps=self.norm_eps) for y in (q, k))
         return self.wo(self.core(q, k, v, mask).flatten(-2))

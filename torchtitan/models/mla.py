@@ -11,7 +11,7 @@ from torch import nn
 from torchtitan.models.attention import attend
 from torchtitan.models.attention_mask import AttentionMask
 from torchtitan.models.init import Constant, Init, Normal
-from torchtitan.models.rope import apply_rope, halves_from_pairs
+from torchtitan.models.rope import apply_rope_to_neighbours
 from torchtitan.sharding import Fragment, Style
 
 
@@ -105,8 +105,8 @@ class LatentAttention(nn.Module):
         latent, k_position = self.wkv_a(x).split([w.kv_lora_rank, w.qk_rope_head_dim], dim=-1)
         kv = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (q.shape[2], -1))
         k, v = kv.split([w.qk_nope_head_dim, w.v_head_dim], dim=-1)
-        q_position = apply_rope(halves_from_pairs(q_position), rope)
-        k_position = apply_rope(halves_from_pairs(k_position.unsqueeze(2)), rope)  # of all heads
+        q_position = apply_rope_to_neighbours(q_position, rope)
+        k_position = apply_rope_to_neighbours(k_position.unsqueeze(2), rope)  # of all heads
         q = torch.cat([q, q_position], dim=-1)
         k = torch.cat([k, k_position.expand(-1, -1, k.shape[2], -1)], dim=-1)
         out = self.core(q, k, v, mask, self.scale)  # (B, L, H, V)

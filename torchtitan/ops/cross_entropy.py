@@ -125,7 +125,10 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x * factor, a scalar, rounded once to dtype, in one pass."""
-    # As a scalar it would be rounded to x's dtype first, on GPUs.
+    if x.is_cuda and x.dtype != torch.float64:
+        from torchtitan.ops import triton_loss  # PyTorch for CPUs comes without Triton
+
+        return triton_loss.scaled(x, factor, dtype)
     return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
 
 
@@ -138,16 +141,15 @@ def _accumulate(
     total: torch.Tensor | None, a: Any, b: Any, products: Products, wide: torch.dtype | None
 ) -> torch.Tensor:
     """total + a @ b.T in `wide`, or just the product where that is None."""
-    if wide is None or not isinstance(a, torch.Tensor):
-        product = products.gradients(a, b)
-        return product.to(wide or product.dtype) if total is None else total.add_(product)
-    if total is None:
-        total = torch.zeros(len(a), len(b), dtype=wide, device=a.device)
-    if a.dtype == wide:
+    high = wide is not None and isinstance(a, torch.Tensor)
+    if high and a.dtype == wide and total is not None:
         return total.addmm_(a, b.t())
-    if not a.is_cuda:
-        return total.add_(a @ b.t())
-    return torch.addmm(total, a, b.t(), out_dtype=wide, out=total)
+    if high and a.dtype != wide and a.is_cuda:
+        if total is None:
+            return torch.mm(a, b.t(), out_dtype=wide)
+        return torch.addmm(total, a, b.t(), out_dtype=wide, out=total)
+    product = products.gradients(a, b)
+    return product.to(wide or product.dtype) if total is None else total.add_(product)
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

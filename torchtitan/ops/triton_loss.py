@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 _BLOCK = 8192
+_SCALED = 2048
 _TILE = 128  # rows and columns of a tile that is written both ways, in lines of memory of 128 bytes
 
 
@@ -34,6 +35,23 @@ def scaled_cross_entropy(
         tensors = (logits, labels, log_totals, rows, columns)
         _cross_entropy_gradient[grid](*tensors, num_tokens, width, scale, _TILE, num_warps=16)
     return losses, rows, columns
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x (...), contiguous, times factor (), fp32, in dtype."""
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), _SCALED),)
+        _scaled[grid](x, factor, out, x.numel(), _SCALED)
+    return out
+
+
+@triton.jit
+def _scaled(x, factor, out, size, block: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    numbers = tl.load(x + at, inside, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + at, numbers.to(out.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 def wide_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (T, D) and weight (E, D), bf16, to x @ weight.T (T, E) in fp32.
 
-    Products of bf16 numbers are exact in fp32, so a GPU's tensor cores, which add them up in fp32, do
-    what a product of the same numbers in fp32 does, at some ten times the speed.
+    Products of bf16 numbers are exact in fp32. A GPU's tensor cores add them up in fp32, too, at some
+    ten times the speed of a product of fp32 numbers; they cut sums off, which makes 2e-6 (D 2048).
     """
     if x.is_cuda:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
