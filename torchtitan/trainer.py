@@ -25,6 +25,7 @@ from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import clip_factor, global_grad_norm
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
+from torchtitan.kernel_choice import choose_expert_kernels
 from torchtitan.logging import logger
 from torchtitan.models.attention import SDPA_PRIORITY
 from torchtitan.nonfinite import why_not_finite
@@ -32,12 +33,7 @@ from torchtitan.observability.clock import StartClock
 from torchtitan.observability.profiling import StepRecorders
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.optim.nonfinite import NonFiniteGuard
-from torchtitan.optim.optimizer import (
-    build_optimizer,
-    set_learning_rate,
-    state_by_name,
-    take_step,
-)
+from torchtitan.optim.optimizer import build_optimizer, set_learning_rate, state_by_name, take_step
 from torchtitan.optim.schedule import learning_rate
 from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
@@ -68,6 +64,7 @@ class Trainer:
         self.part = sequence_part(config.parallelism, setup.degrees, world.rank)
         self.precision = Precision.resolve(config, device)
         self.model = build_model(setup.model_config, setup.degrees, self.precision, config, device)
+        choose_expert_kernels(self.model, setup.model_config, setup.degrees, self.precision, config)
         self.expert_load = ExpertLoad(self.model, setup.model_config, setup.degrees, config.parallelism)
         self.nonfinite = NonFiniteGuard(config.training)
         named, seed = self.model.named_parameters(), config.debug.seed

@@ -220,6 +220,7 @@ def test_fused_products_are_chosen_on_hopper():
     assert choose("auto", *options, 768, 2048, fusible=False).up is None
     assert choose("unfused", *options, 768, 2048, fusible=True).up is None
     assert choose("auto", *options, 14336, 4096, fusible=True).up is None
+    assert choose("fused", *options, 14336, 4096, fusible=True).up is not None
     assert choose("auto", *options, 760, 2048, fusible=True).up is None
     assert choose("auto", torch.float32, device, 768, 2048, fusible=True).up is None
 

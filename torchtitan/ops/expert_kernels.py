@@ -17,13 +17,15 @@ from torchtitan.ops.row_products import grouped_product, groups, one_thread
 from torchtitan.ops.rows import take_rows
 from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
 
+BACKENDS = ("auto", "fused", "unfused", "reference")
+
 _VECTORS = 32
 """Rows that the reference gates at a time: with any width whole pairs of vectors, also AVX-512's.
 What is left beyond these, PyTorch computes by itself, and rounds otherwise."""
 
-
 _FUSED_BYTES = 24 * 2**20
-"""Of an expert's gate and up weights: half of an H100's L2, beside the rows that pass by."""
+"""Of an expert's gate and up weights, where nobody has measured: half of an H100's L2, beside the rows
+that pass by."""
 
 
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -80,17 +82,17 @@ def choose(
     dim: int,
     fusible: bool = False,
 ) -> Kernels:
-    """The kernels for `backend`, "auto", "unfused" or "reference", and experts of these widths.
+    """The kernels for `backend`, one of `BACKENDS`, and experts of these widths.
 
-    "auto" is the grouped GEMM where this device has one for `dtype` and rows are multiples of 16
-    bytes, else a loop over groups, which waits for the counts to arrive on the host. `fusible` says
-    that gathers (of rows that all exist) and gating may happen inside of products, "unfused" that
-    they are not to.
+    All but "reference" are the grouped GEMM where this device has one for `dtype` and rows are multiples
+    of 16 bytes, else a loop over groups, which waits for the counts to arrive on the host. `fusible` says
+    that gathers (of rows that all exist) and gating may happen inside of products: with "fused" they do
+    wherever they can, with "auto" while an expert's weights stay in L2, with "unfused" never.
     """
     if backend == "reference":
         in_triton = device.type == "cuda" and dtype != torch.float64  # which computes in fp32
         return _on_gpu(REFERENCE_ON_GPU) if in_triton else REFERENCE
-    assert backend in ("auto", "unfused"), f"unknown backend {backend!r}"
+    assert backend in BACKENDS, f"unknown backend {backend!r}"
     aligned = all(width * dtype.itemsize % 16 == 0 for width in (hidden, dim))
     if not aligned or not _has_grouped_mm(dtype, device):
         if device.type == "cuda":
@@ -98,8 +100,20 @@ def choose(
         return LOOP
     if device.type == "cpu":
         return GROUPED_MM
-    fused = fusible and backend == "auto" and _fuses(dtype, device, hidden, dim)
+    wanted = backend == "fused" or (backend == "auto" and _in_cache(dtype, hidden, dim))
+    fused = fusible and wanted and can_fuse(dtype, device, hidden, dim)
     return _fused() if fused else _on_gpu(GROUPED_MM)
+
+
+@cache
+def can_fuse(dtype: torch.dtype, device: torch.device, hidden: int, dim: int) -> bool:
+    """Whether there are fused products for such experts: in bf16 on Hopper, for widths of whole tiles."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return hopper and dtype == torch.bfloat16 and hidden % 128 == dim % 128 == 0
+
+
+def _in_cache(dtype: torch.dtype, hidden: int, dim: int) -> bool:
+    return 2 * hidden * dim * dtype.itemsize <= _FUSED_BYTES
 
 
 @cache
@@ -139,14 +153,6 @@ def _fused() -> Kernels:
         down_backward=lambda d_y, *others: products.down_backward(*split(d_y), *others),
         name="grouped GEMM with gathers and gating inside",
     )
-
-
-@cache
-def _fuses(dtype: torch.dtype, device: torch.device, hidden: int, dim: int) -> bool:
-    """Where the fused products win: on Hopper, while an expert's weights stay in L2."""
-    hopper = dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
-    tiles = hidden % 128 == dim % 128 == 0
-    return hopper and tiles and 2 * hidden * dim * dtype.itemsize <= _FUSED_BYTES
 
 
 @cache

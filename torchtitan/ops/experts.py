@@ -5,7 +5,9 @@ because PyTorch's grouped GEMM has kernels for few dtypes under fake tensors and
 backward keeps only what it needs: its input, the pre-activation z (R, 2F), scores and indices.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -259,6 +261,18 @@ def _kernels(backend: str, weights: Weights, max_rows: int) -> Kernels:
 @cache
 def _say(name: str, dtype: torch.dtype, hidden: int, dim: int) -> None:
     logger.info(f"experts of width {hidden} x {dim} multiply in {dtype} by {name}")
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Around kernels that are only tried: what a run multiplies by is said once it does."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        _say.cache_clear()
 
 
 @grouped_experts.register_fake

@@ -19,7 +19,8 @@ class GroupedExperts(nn.Module):
 
     `activation`, a key of `GATINGS`, may have another function in silu's place; with `bias` the
     projections have biases. `backend` "auto" multiplies by grouped GEMM where there is one, else
-    expert by expert; "reference" in fixed blocks, so that a row's bits do not depend on how many
+    expert by expert; "fused" and "unfused" too, and say whether gathers and gating happen inside of
+    products; "reference" in fixed blocks, so that a row's bits do not depend on how many
     rows there are; those of ops/quantized_kernels.py in few bits, where each expert's rows are as
     many as they ask. `max_rows_per_chunk` > 0 bounds the rows of intermediates at a time.
     """
