@@ -161,9 +161,14 @@ class Alignment:
         return index.new_full((self.num_rows,), -1).scatter(0, self.places, index)
 
 
+def narrow(expert_ids: torch.Tensor) -> torch.Tensor:
+    """The same ids in 2 bytes each: nobody has more than 32767 experts."""
+    return expert_ids.to(torch.int16)
+
+
 def sort_by_expert(expert_ids: torch.Tensor) -> RowOrder:
     """Order the T * K choices (T, K) by expert; among equals the earlier token comes first."""
-    ids = expert_ids.flatten().to(torch.int16)  # GPUs sort by bytes, these in 2 passes for 8
+    ids = narrow(expert_ids.flatten())  # GPUs sort by bytes, these in 2 passes for 8
     slots = ids.argsort(stable=True)
     rows = torch.empty_like(slots)
     rows[slots] = torch.arange(len(slots), device=slots.device)
@@ -175,6 +180,22 @@ def take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:
     if not gaps:
         return x.index_select(0, index)
     return take_rows(x, index) if x.ndim == 2 else F.pad(x, (0, 1))[index]
+
+
+class _OfChosen(torch.autograd.Function):
+    """`gather` would keep all that it gathers from, and the ids in 8 bytes each."""
+
+    @staticmethod
+    def forward(ctx, values, expert_ids):
+        ctx.num_experts = values.shape[1]
+        ctx.save_for_backward(narrow(expert_ids))
+        return values.gather(1, expert_ids)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        zeros = grad.new_zeros(len(grad), ctx.num_experts)
+        return zeros.scatter(1, ids.long(), grad), None  # a token's experts differ
 
 
 class _Spread(torch.autograd.Function):
@@ -212,6 +233,11 @@ class _Reorder(torch.autograd.Function):
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
         return grad.index_select(0, rows.flatten()).view_as(rows), None, None, None
+
+
+def of_chosen(values: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """values (T, E) of each token's experts expert_ids (T, K) int64, which differ: (T, K)."""
+    return _OfChosen.apply(values, expert_ids)
 
 
 def spread(x: torch.Tensor, order: RowOrder) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from torchtitan.model_parts import ModelParts
+from torchtitan.models.moe.router import score
 from torchtitan.sequence_part import SequencePart
 
 NEAR_TIE = 1e-4
@@ -82,7 +83,7 @@ class Recorder:
     def _keep(self, steps: list[Choices]):
         def hook(router, inputs, choice):
             shape = (self.num_sequences, -1)
-            scores = choice.scores.detach()
+            scores = score(router.config, choice.logits.detach())
             if len(inputs) > 1 and inputs[1] is not None:
                 scores = scores + inputs[1]
             ids = choice.selected_experts_indices

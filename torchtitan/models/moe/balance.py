@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from torchtitan.models.moe.config import MoEConfig
-from torchtitan.models.moe.router import Routing
+from torchtitan.models.moe.router import Routing, score
 
 SumCounts = Callable[[torch.Tensor], torch.Tensor]
 """Adds up counts (B, E) over the ranks that hold parts of the same sequences."""
@@ -28,7 +28,7 @@ def balance_loss(
     Each rank of `sequence_parts` holds as many consecutive tokens of every sequence.
     previous_load (E,): tokens by expert of the last optimizer step, all zero before the first.
     """
-    scores, ids = choice.scores, choice.selected_experts_indices
+    scores, ids = score(config, choice.logits), choice.selected_experts_indices
     num_experts = scores.shape[1]
     length = len(scores) // num_sequences * sequence_parts
     share = scores / (scores.sum(1, keepdim=True) + 1e-20)

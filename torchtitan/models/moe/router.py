@@ -18,7 +18,10 @@ from torchtitan.ops.wide_linear import wide_linear
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router says of T tokens. Scores and logits are fp32 (fp64 for fp64 tokens)."""
+    """What the router says of T tokens. Scores and logits are fp32 (fp64 for fp64 tokens).
+
+    The scores of all experts, which most routers never compute, are `score` of the logits.
+    """
 
     top_scores: torch.Tensor
     """(T, K): the weight of each chosen expert."""
@@ -26,8 +29,11 @@ class Routing:
     """(T, K) int64: the experts, best first."""
     logits: torch.Tensor
     """(T, E)"""
-    scores: torch.Tensor
-    """(T, E): of all experts, neither normalised over the chosen nor scaled."""
+
+
+def score(config: MoEConfig, logits: torch.Tensor) -> torch.Tensor:
+    """Scores (..., E) from logits (..., E), neither normalised over the chosen nor scaled."""
+    return logits.softmax(-1) if config.score_func == "softmax" else logits.sigmoid()
 
 
 class TokenChoiceTopKRouter(nn.Module):
@@ -53,16 +59,15 @@ class TokenChoiceTopKRouter(nn.Module):
         """x (T, D); correction_bias (E,) fp32 is added to scores for the choice only."""
         # Everything after `keep` is computed again from the same bits under recomputation.
         logits = routing.keep(self._logits(x))
-        scores = self._score(logits)
         if self.config.force_load_balance:
             ids = self._take_turns(logits)
         else:
-            ids = self._choose(logits if self.config.score_chosen_only else scores, correction_bias)
+            ids = self._choose(logits.detach(), correction_bias)
         if self.record is not None:
             self.record.append(ids)
         if self.replay is not None:
             ids = self.replay
-        return Routing(self._weights(logits, scores, ids), ids, logits, scores)
+        return Routing(self._weights(logits, ids), ids, logits)
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         if not self.config.router_in_fp32:
@@ -74,16 +79,16 @@ class TokenChoiceTopKRouter(nn.Module):
             logits = F.linear(_wide(x), _wide(weight))
         return logits if bias is None else logits + bias
 
-    def _score(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.softmax(-1) if self.config.score_func == "softmax" else logits.sigmoid()
-
-    def _choose(self, scores: torch.Tensor, correction_bias: torch.Tensor | None) -> torch.Tensor:
-        scores = scores.detach()
+    def _choose(self, logits: torch.Tensor, correction_bias: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        adjusted = correction_bias is not None or config.num_expert_groups > 1
+        # Logits rank as their scores do; what is added up needs the scores themselves.
+        ranking = score(config, logits) if adjusted and not config.score_chosen_only else logits
         if correction_bias is not None:
-            scores = scores + correction_bias
-        if self.config.num_expert_groups > 1:
-            scores = scores.masked_fill(~self._in_best_groups(scores), float("-inf"))
-        return top_k(scores, self.config.top_k)
+            ranking = ranking + correction_bias
+        if config.num_expert_groups > 1:
+            ranking = ranking.masked_fill(~self._in_best_groups(ranking), float("-inf"))
+        return top_k(ranking, config.top_k)
 
     def _in_best_groups(self, scores: torch.Tensor) -> torch.Tensor:
         """(T, E) bool. A group is as good as its best experts together."""
@@ -99,18 +104,17 @@ class TokenChoiceTopKRouter(nn.Module):
         turns = torch.arange(num_tokens * self.config.top_k, device=logits.device)
         return (turns % num_experts).view(num_tokens, self.config.top_k)
 
-    def _weights(
-        self, logits: torch.Tensor, scores: torch.Tensor, ids: torch.Tensor
-    ) -> torch.Tensor:
+    def _weights(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         config = self.config
-        if config.score_chosen_only:
-            top_scores = self._score(logits.gather(1, ids))
+        if config.score_func == "softmax" and not (config.route_norm or config.score_chosen_only):
+            top_scores = routing.of_chosen(score(config, logits), ids)
         else:
-            top_scores = scores.gather(1, ids)
-        if config.route_norm:
-            # Sigmoid scores can all be zero.
-            top_scores = top_scores / (top_scores.sum(-1, keepdim=True) + 1e-20)
-        return top_scores * config.route_scale
+            # Chosen scores of a softmax over their sum are a softmax of chosen logits, which keeps less.
+            top_scores = score(config, routing.of_chosen(logits, ids))
+            if config.route_norm and config.score_func == "sigmoid":
+                # They can all be zero.
+                top_scores = top_scores / (top_scores.sum(-1, keepdim=True) + 1e-20)
+        return top_scores if config.route_scale == 1 else top_scores * config.route_scale
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
+from torchtitan.models.moe.router import score
 
 DIM, EXPERTS, TOP_K, LENGTH, SEQUENCES = 12, 6, 2, 5, 4
 COEFFS = ("sequence_balance_coeff", "global_balance_coeff", "router_z_coeff")
@@ -33,7 +34,7 @@ def by_the_formula(module, kind, x):
     total = 0.0
     for sequence in x:
         choice = module.router(sequence, module.expert_bias)
-        shares = [scores / scores.sum() for scores in choice.scores]
+        shares = [scores / scores.sum() for scores in score(module.config, choice.logits)]
         if kind == "router_z_coeff":
             total += sum(torch.logsumexp(row, 0) ** 2 for row in choice.logits) / LENGTH
         elif kind == "global_balance_coeff":
