@@ -115,21 +115,21 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Where the rows of each token lie once they are sorted by expert."""
+    """Where the rows of each token lie once they are sorted by expert. All int32: layers keep these."""
 
     tokens: torch.Tensor
-    """(N,) int64: the token of each row."""
+    """(N,): the token of each row."""
     slots: torch.Tensor
-    """(N,) int64: its place in the flattened (T, K)."""
+    """(N,): its place in the flattened (T, K)."""
     rows: torch.Tensor
-    """(T, K) int64: the row of each choice; the inverse of `slots`."""
+    """(T, K): the row of each choice; the inverse of `slots`."""
     gaps: bool = False
     """Whether there are rows of no token: tokens and slots are -1 there, and N is larger."""
 
     def aligned(self, alignment: "Alignment") -> "RowOrder":
         """The same rows with gaps between the groups of experts."""
         tokens, slots = alignment.spread(self.tokens), alignment.spread(self.slots)
-        return replace(self, tokens=tokens, slots=slots, rows=alignment.places[self.rows], gaps=True)
+        return replace(self, tokens=tokens, slots=slots, rows=alignment.moved(self.rows), gaps=True)
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,12 @@ class Alignment:
         num_blocks = len(counts) + max(num_rows - 1, 0) // block  # if all are in one group
         return cls(places, aligned, num_blocks * block)
 
+    def moved(self, rows: torch.Tensor) -> torch.Tensor:
+        """Where these rows (int32, any shape) move to, in their dtype."""
+        return self.places[rows].to(rows.dtype)
+
     def spread(self, index: torch.Tensor) -> torch.Tensor:
-        """index (R,) int64 at its rows' new places, -1 in the gaps."""
+        """index (R,) int32 at its rows' new places, -1 in the gaps."""
         return index.new_full((self.num_rows,), -1).scatter(0, self.places, index)
 
 
@@ -169,10 +173,15 @@ def narrow(expert_ids: torch.Tensor) -> torch.Tensor:
 def sort_by_expert(expert_ids: torch.Tensor) -> RowOrder:
     """Order the T * K choices (T, K) by expert; among equals the earlier token comes first."""
     ids = narrow(expert_ids.flatten())  # GPUs sort by bytes, these in 2 passes for 8
-    slots = ids.argsort(stable=True)
-    rows = torch.empty_like(slots)
-    rows[slots] = torch.arange(len(slots), device=slots.device)
-    return RowOrder(slots // max(expert_ids.shape[1], 1), slots, rows.view_as(expert_ids))
+    rows = torch.empty(expert_ids.shape, dtype=torch.int32, device=ids.device)
+    return row_order(ids.argsort(stable=True), rows)
+
+
+def row_order(slots: torch.Tensor, rows: torch.Tensor) -> RowOrder:
+    """Slots (N,) int64 become rows in this order; fills in rows (T, K) int32 where there is one."""
+    rows.view(-1)[slots] = torch.arange(len(slots), dtype=rows.dtype, device=rows.device)
+    slots = slots.to(rows.dtype)
+    return RowOrder(slots // max(rows.shape[1], 1), slots, rows)
 
 
 def take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:

@@ -27,7 +27,7 @@ def assert_close(mine, expected):
 
 
 def test_rows_are_taken_and_summed(x):
-    backwards = torch.arange(ROWS - 1, -1, -1, device="cuda")
+    backwards = torch.arange(ROWS - 1, -1, -1, dtype=torch.int32, device="cuda")
     taken = rows.take_rows(x, backwards)
     assert torch.equal(taken[-LAST:], x[:LAST].flip(0)) and torch.equal(taken[:LAST], x[-LAST:].flip(0))
     del taken

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 @torch.library.custom_op("torchtitan::sum_rows", mutates_args=())
 def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """out[t] = sum over k of y[rows[t, k]]: y (R, D), rows (T, K) int64 -> (T, D) in y's dtype.
+    """out[t] = sum over k of y[rows[t, k]]: y (R, D), rows (T, K) int32 or int64 -> (T, D) in y's dtype.
 
     A row below 0 adds nothing. Added in fp32 (fp64 for fp64) in the order of k, rounded once. An
     operator of its own: inductor of torch 2.11 fuses the sum into a norm's backward that reads what
@@ -32,7 +32,7 @@ def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("torchtitan::take_rows", mutates_args=())
 def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """out[r] = x[index[r]], and zeros where index[r] is -1: x (T, D), index (R,) int64 -> (R, D)."""
+    """out[r] = x[index[r]], and zeros where index[r] is -1: x (T, D), index (R,) of integers -> (R, D)."""
     if not len(x):
         return x.new_zeros(len(index), x.shape[1])
     if x.is_cuda:

@@ -125,7 +125,7 @@ def _sum_rows(
         inside = columns < width
         total = tl.zeros([block], dtype=tl.float32)
         for k in range(top_k):
-            row = tl.load(rows + token * top_k + k)
+            row = tl.load(rows + token * top_k + k).to(tl.int64)
             present = inside & (row >= 0)
             at = y + row * y_stride + columns * column_stride
             total += tl.load(at, present, other=0.0).to(tl.float32)
@@ -313,7 +313,7 @@ def _take_rows(
     block: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(index + row)
+    source = tl.load(index + row).to(tl.int64)
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)
         inside = columns < width

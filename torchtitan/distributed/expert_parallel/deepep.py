@@ -139,10 +139,9 @@ def _order(
     ids = local_ids.flatten().long()
     ids = ids.masked_fill(ids < 0, num_local)
     slots = ids.argsort(stable=True)[:num_rows]
-    rows = torch.full_like(ids, -1)
-    rows[slots] = torch.arange(num_rows, device=ids.device)
     counts = routing.count_tokens(ids, num_local + 1)[:num_local]
-    return RowOrder(slots // local_ids.shape[1], slots, rows.view_as(local_ids)), counts
+    rows = torch.full_like(local_ids, -1, dtype=torch.int32)
+    return routing.row_order(slots, rows), counts
 
 
 class _Arrive(torch.autograd.Function):

@@ -96,9 +96,9 @@ class Exchange:
 
     splits: Splits
     by_expert: torch.Tensor
-    """(R,) int64: the received row (they come by rank) that is each row of an expert."""
+    """(R,) int32: the received row (they come by rank) that is each row of an expert."""
     by_rank: torch.Tensor
-    """(R,) int64: its inverse."""
+    """(R,) int32: its inverse."""
     in_float8: bool = False
     """Whether rows travel to experts as float8; what comes back does not."""
     gaps: bool = False
@@ -112,17 +112,17 @@ class Exchange:
 
     def aligned(self, alignment: Alignment) -> "Exchange":
         """The same rows with gaps between the groups of experts."""
-        by_expert, by_rank = alignment.spread(self.by_expert), alignment.places[self.by_rank]
+        by_expert, by_rank = alignment.spread(self.by_expert), alignment.moved(self.by_rank)
         return replace(self, by_expert=by_expert, by_rank=by_rank, gaps=True)
 
 
 def _regroup(counts: torch.Tensor, total: int) -> torch.Tensor:
-    """Rows lie in runs of counts (a, b), b varying fastest: the index that puts a fastest."""
+    """Rows lie in runs of counts (a, b), b varying fastest: the index that puts a fastest, int32."""
     sizes = counts.T.flatten()
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()
     shift = starts - (sizes.cumsum(0) - sizes)
     rows = torch.arange(total, device=counts.device)
-    return rows + shift.repeat_interleave(sizes, output_size=total)
+    return (rows + shift.repeat_interleave(sizes, output_size=total)).int()
 
 
 @dataclass(frozen=True)
