@@ -117,19 +117,22 @@ def count_tokens(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 class RowOrder:
     """Where the rows of each token lie once they are sorted by expert. All int32: layers keep these."""
 
-    tokens: torch.Tensor
-    """(N,): the token of each row."""
     slots: torch.Tensor
-    """(N,): its place in the flattened (T, K)."""
+    """(N,): the place of each row in the flattened (T, K)."""
     rows: torch.Tensor
     """(T, K): the row of each choice; the inverse of `slots`."""
     gaps: bool = False
-    """Whether there are rows of no token: tokens and slots are -1 there, and N is larger."""
+    """Whether there are rows of no token: slots are -1 there, and N is larger."""
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(N,): the token of each row, or -1."""
+        return self.slots // max(self.rows.shape[1], 1)
 
     def aligned(self, alignment: "Alignment") -> "RowOrder":
         """The same rows with gaps between the groups of experts."""
-        tokens, slots = alignment.spread(self.tokens), alignment.spread(self.slots)
-        return replace(self, tokens=tokens, slots=slots, rows=alignment.moved(self.rows), gaps=True)
+        slots, rows = alignment.spread(self.slots), alignment.moved(self.rows)
+        return replace(self, slots=slots, rows=rows, gaps=True)
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,7 @@ def sort_by_expert(expert_ids: torch.Tensor) -> RowOrder:
 def row_order(slots: torch.Tensor, rows: torch.Tensor) -> RowOrder:
     """Slots (N,) int64 become rows in this order; fills in rows (T, K) int32 where there is one."""
     rows.view(-1)[slots] = torch.arange(len(slots), dtype=rows.dtype, device=rows.device)
-    slots = slots.to(rows.dtype)
-    return RowOrder(slots // max(rows.shape[1], 1), slots, rows)
+    return RowOrder(slots.to(rows.dtype), rows)
 
 
 def take(x: torch.Tensor, index: torch.Tensor, gaps: bool) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 R rows sorted by expert, or T tokens with K rows each, D model, F expert width, e experts. One operator,
 because PyTorch's grouped GEMM has kernels for few dtypes under fake tensors and compile; and so that
-backward keeps only what it needs: its input, the pre-activation z (R, 2F), scores and indices.
+backward keeps only what it needs: its input, the pre-activation z (R, 2F), scores, and each token's rows.
 """
 
 import logging
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torchtitan.logging import logger
 from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
-from torchtitan.ops.rows import sum_rows
+from torchtitan.ops.rows import place, sum_rows
 from torchtitan.ops.swiglu import Gating
 
 
@@ -44,8 +44,8 @@ def grouped_experts(
     b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
-    tokens: Tensor | None,
     rows: Tensor | None,
+    num_rows: int,
     gating: Sequence[float],
     backend: str,
     max_rows: int,
@@ -53,16 +53,16 @@ def grouped_experts(
     """y = scores * (gated(z) w2^T + b2) (R, D), and z = x w13^T + b13 (R, 2F).
 
     x (R, D); weights as in `Weights`; counts (e,) int64, whose sum may be below R: after it, y
-    is 0 and z undefined. scores (R,) fp32 or None for 1. With tokens (R,) and rows (T, K), both int64,
-    x has T rows, which the experts get as x[tokens], and so has the result: each sum over k of
+    is 0 and z undefined. scores (R,) fp32 or None for 1; num_rows is R. With rows (T, K) int32, x has
+    T rows, scores are (T, K), each token is its K rows, and the result (T, D) their sum: over k of
     y[rows[t, k]]. `gating` has the fields of `Gating`. At most max_rows > 0 rows of intermediates
     exist at a time; z is then empty, computed again in backward.
     """
     weights = Weights(w13, w2, b13, b2)
     kernels = _kernels(backend, weights, max_rows)
+    tokens, scores = _by_row(rows, scores, num_rows)
     given = _rows(x, tokens)
     if max_rows:
-        num_rows = len(x if tokens is None else tokens)
         y, z = x.new_empty(num_rows, w2.shape[1]), _no_rows(x, w13)
         for part, inside in _parts(num_rows, counts, max_rows):
             scores_in, rows_in = None if scores is None else scores[part], _part_of(given, part)
@@ -83,8 +83,8 @@ def grouped_experts_backward(
     b2: Tensor | None,
     counts: Tensor,
     scores: Tensor | None,
-    tokens: Tensor | None,
     rows: Tensor | None,
+    num_rows: int,
     gating: Sequence[float],
     backend: str,
     max_rows: int,
@@ -92,6 +92,7 @@ def grouped_experts_backward(
     """Gradients of x, w13, w2, b13, b2 and scores; empty where there is no such input."""
     weights = Weights(w13, w2, b13, b2)
     kernels = _kernels(backend, weights, max_rows)
+    tokens, scores = _by_row(rows, scores, num_rows)
     given, d_given = _rows(x, tokens), _rows(d_y, tokens)
     if max_rows:
         d_rows, *others = _backward_in_parts(
@@ -101,7 +102,19 @@ def grouped_experts_backward(
         d_rows, *others = _backward(
             kernels, d_given, z, given, weights, counts, scores, Gating(*gating)
         )
-    return d_rows if rows is None else sum_rows(d_rows, rows), *others
+    if rows is None:
+        return d_rows, *others
+    *d_weights, d_scores = others
+    if scores is not None:
+        d_scores = d_scores.index_select(0, rows.flatten()).view_as(rows)
+    return sum_rows(d_rows, rows), *d_weights, d_scores
+
+
+def _by_row(
+    rows: Tensor | None, scores: Tensor | None, num_rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of each row its token, where it is not x's own, and its score."""
+    return (None, scores) if rows is None else place(rows, scores, num_rows)
 
 
 def _forward(
@@ -276,20 +289,19 @@ def trial() -> Iterator[None]:
 
 
 @grouped_experts.register_fake
-def _(x, w13, w2, b13, b2, counts, scores, tokens, rows, gating, backend, max_rows):
-    num_rows = len(x if tokens is None else tokens)
+def _(x, w13, w2, b13, b2, counts, scores, rows, num_rows, gating, backend, max_rows):
     z = _no_rows(x, w13) if max_rows else x.new_empty(num_rows, 2 * w13.shape[2])
     return x.new_empty(len(x), w2.shape[1]), z
 
 
 @grouped_experts_backward.register_fake
-def _(d_y, z, x, w13, w2, b13, b2, counts, scores, tokens, rows, gating, backend, max_rows):
+def _(d_y, z, x, w13, w2, b13, b2, counts, scores, rows, num_rows, gating, backend, max_rows):
     like = (_empty_like(x, d_y) for x in (w13, w2, b13, b2, scores))
     return d_y.new_empty(len(d_y), w13.shape[3]), *like
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.gating, ctx.backend, ctx.max_rows = inputs
+    *tensors, ctx.num_rows, ctx.gating, ctx.backend, ctx.max_rows = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)  # z's would be zeros of its size
@@ -299,9 +311,9 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, d_y, _):
     z, *operands = ctx.saved_tensors  # once: checkpointing unpacks them only once
     d_x, *d_weights, d_scores = grouped_experts_backward(
-        d_y.contiguous(), z, *operands, ctx.gating, ctx.backend, ctx.max_rows
+        d_y.contiguous(), z, *operands, ctx.num_rows, ctx.gating, ctx.backend, ctx.max_rows
     )
-    _, *weights, _, scores, _, _ = operands
+    _, *weights, _, scores, _ = operands
     d_weights = (d if weight is not None else None for d, weight in zip(d_weights, weights))
     d_scores = None if scores is None else d_scores
     return d_x, *d_weights, None, d_scores, None, None, None, None, None
@@ -311,15 +323,13 @@ grouped_experts.register_autograd(_gradients, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts)
-def _(x, w13, w2, b13, b2, counts, scores, tokens, *args, out_shape=None, **kwargs) -> int:
+def _(x, w13, w2, b13, b2, counts, scores, rows, num_rows, *args, out_shape=None, **kwargs) -> int:
     """Multiplications and additions of three products."""
-    num_rows = (tokens or x)[0]
     return 6 * num_rows * w13[2] * w13[3]
 
 
 @register_flop_formula(torch.ops.torchtitan.grouped_experts_backward)
-def _(d_y, z, x, w13, w2, b13, b2, counts, scores, tokens, *args, **kwargs) -> int:
+def _(d_y, z, x, w13, w2, b13, b2, counts, scores, rows, num_rows, *args, **kwargs) -> int:
     """Two products for each one of forward; and the first one again where z was not kept."""
-    num_rows = (tokens or x)[0]
     again = 4 * (num_rows - z[0])
     return (12 * num_rows + again) * w13[2] * w13[3]

@@ -30,6 +30,30 @@ def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return y.new_empty(len(rows), y.shape[1])
 
 
+def place(
+    rows: torch.Tensor, scores: torch.Tensor | None, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Turn rows (T, K) int32 around, and scores (T, K) or None: the token and the score of each row, (R,).
+
+    A row that `rows` does not name is of token -1, and of score 0.
+    """
+    full = num_rows == rows.numel()
+    tokens = rows.new_empty(num_rows) if full else rows.new_full((num_rows,), -1)
+    by_row = scores
+    if scores is not None:
+        by_row = scores.new_empty(num_rows) if full else scores.new_zeros(num_rows)
+    if rows.is_cuda:
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
+
+        triton_kernels.place(rows, scores, tokens, by_row)
+        return tokens, by_row
+    of_choices = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1).expand_as(rows)
+    tokens[rows] = of_choices
+    if scores is not None:
+        by_row[rows] = scores
+    return tokens, by_row
+
+
 @torch.library.custom_op("torchtitan::take_rows", mutates_args=())
 def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """out[r] = x[index[r]], and zeros where index[r] is -1: x (T, D), index (R,) of integers -> (R, D)."""

@@ -30,6 +30,21 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def place(
+    rows: torch.Tensor,
+    scores: torch.Tensor | None,
+    tokens: torch.Tensor,
+    by_row: torch.Tensor | None,
+) -> None:
+    """As ops/rows.py's `place`, into tokens and by_row; no two of rows are the same."""
+    size, block = rows.numel(), 1024
+    if size:
+        scores = None if scores is None else scores.contiguous()
+        _place[(triton.cdiv(size, block),)](
+            rows.contiguous(), scores, tokens, by_row, size, rows.shape[1], block
+        )
+
+
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """As ops/expert_kernels.py's `clear_after`; reads the counts, writes only what is to be zero."""
     if len(x):
@@ -130,6 +145,24 @@ def _sum_rows(
             at = y + row * y_stride + columns * column_stride
             total += tl.load(at, present, other=0.0).to(tl.float32)
         tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _place(
+    rows,
+    scores,
+    tokens,
+    by_row,
+    size,
+    top_k: tl.constexpr,
+    block: tl.constexpr,
+):
+    choice = tl.program_id(0) * block + tl.arange(0, block)
+    inside = choice < size
+    row = tl.load(rows + choice, inside)
+    tl.store(tokens + row, choice // top_k, inside)
+    if scores is not None:
+        tl.store(by_row + row, tl.load(scores + choice, inside), inside)
 
 
 @triton.jit

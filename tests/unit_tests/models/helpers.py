@@ -1,4 +1,4 @@
-"""What the tests of model families share: a model with weights, and parity with transformers."""
+"""What tests of models share: one with weights, parity with transformers, and what backward keeps."""
 
 import torch
 
@@ -99,3 +99,19 @@ def assert_equals_transformers(
 
 def relative_error(value, expected):
     return ((value - expected).norm() / expected.norm()).item()
+
+
+def saved_bytes(forward, *without):
+    """Bytes of distinct storages that backward keeps, besides those of the tensors `without`."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()  # keeps the graph, and thus the storages, alive until they are counted
+    for tensor in without:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert out.requires_grad
+    return sum(kept.values())

@@ -125,11 +125,11 @@ class DeepEPTokenDispatcher(WholeDispatch):
             )
             tokens.append(came)
             order, on_device = _order(local_ids, self.num_experts // self.num_ranks, sum(counts))
-            return of_came, order.tokens, order.slots, order.rows, on_device, *handle
+            return of_came, order.slots, order.rows, on_device, *handle
 
-        of_came, by_row, slots, rows, counts, *handle = once(send)
+        of_came, slots, rows, counts, *handle = once(send)
         came = tokens[0] if tokens else self.buffer.dispatch(x, handle=tuple(handle))[0]
-        return Arrival(came, of_came, RowOrder(by_row, slots, rows), counts, tuple(handle))
+        return Arrival(came, of_came, RowOrder(slots, rows), counts, tuple(handle))
 
 
 def _order(

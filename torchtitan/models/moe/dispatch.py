@@ -79,22 +79,20 @@ class LocalTokenDispatcher(WholeDispatch):
         top_scores: torch.Tensor,
         selected_experts_indices: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, DispatchMetadata]:
-        order, counts, scores = self.sort(top_scores, selected_experts_indices)
-        rows = routing.spread(x, order)
+        order, counts = self.sort(selected_experts_indices)
+        rows, scores = routing.spread(x, order), routing.reorder(top_scores, order)
         if self.score_before_experts:
             rows, scores = routing.weight(rows, scores), None
         return rows, counts, DispatchMetadata(len(x), order, scores)
 
-    def sort(
-        self, top_scores: torch.Tensor, selected_experts_indices: torch.Tensor
-    ) -> tuple[RowOrder, torch.Tensor, torch.Tensor]:
-        """What `dispatch` knows before it moves a row: order, counts (E,) int64, scores (R,) fp32."""
+    def sort(self, selected_experts_indices: torch.Tensor) -> tuple[RowOrder, torch.Tensor]:
+        """What `dispatch` knows before it moves a row: order and counts (E,) int64."""
         order = routing.sort_by_expert(selected_experts_indices)
         counts = routing.count_tokens(selected_experts_indices, self.num_experts)
         if self.row_alignment > 1:
-            alignment = Alignment.of(counts, len(order.tokens), self.row_alignment)
+            alignment = Alignment.of(counts, len(order.slots), self.row_alignment)
             order, counts = order.aligned(alignment), alignment.counts
-        return order, counts, routing.reorder(top_scores, order)
+        return order, counts
 
     def combine(
         self, routed_output: torch.Tensor, metadata: DispatchMetadata, x: torch.Tensor

@@ -63,7 +63,8 @@ class GroupedExperts(nn.Module):
         """Rows x (R, D), num_tokens_per_expert (e,) int64, scores (R,) fp32 or None -> (R, D).
 
         Counts may sum to less than R: the rows after them give zeros and get zero gradients. With
-        `order`, x are tokens (T, D) whose rows it tells, and the result is the sum of each one's.
+        `order`, x are tokens (T, D) whose rows it tells, scores (T, K), and the result is the sum of
+        each one's.
         """
         y, _ = grouped_experts(
             x,
@@ -73,8 +74,8 @@ class GroupedExperts(nn.Module):
             self.b2,
             num_tokens_per_expert,
             scores,
-            None if order is None else order.tokens,
             None if order is None else order.rows,
+            len(x if order is None else order.slots),
             list(self.gating),
             self.backend,
             self.max_rows_per_chunk,

@@ -124,7 +124,7 @@ class MoE(nn.Module):
         dispatcher, tokens = self.dispatcher, x.reshape(-1, x.shape[-1])
         if type(dispatcher) is LocalTokenDispatcher and not dispatcher.score_before_experts:
             # All experts are here: they gather their rows, and sum each token's, by themselves.
-            order, counts, scores = dispatcher.sort(scores, expert_ids)
+            order, counts = dispatcher.sort(expert_ids)
             out = self.experts(tokens, counts, scores, order)
             shared = self._shared(tokens)
         else:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.unit_tests.models.helpers import saved_bytes
 from torchtitan import routing
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.ops import expert_kernels
@@ -176,12 +177,13 @@ def test_tokens_are_spread_and_their_rows_summed(device, kernels, form):
     experts = build(dtype, dim, hidden, backend=backend, **form).to(device)
     x, _, _ = inputs([len(IDS)], dtype, dim)
     _, counts, scores = inputs(IDS.flatten().bincount().tolist(), dtype, dim)
+    scores = scores.view(IDS.shape)
     x, counts, scores = (tensor.detach().to(device) for tensor in (x, counts, scores))
     leaves = [x.requires_grad_(), scores.requires_grad_(), *experts.parameters()]
     order = routing.sort_by_expert(IDS.to(device))
     upstream = torch.randn_like(x)
     summed = gradients(experts(x, counts, scores, order), leaves, upstream)
-    rows = experts(routing.spread(x, order), counts, scores)
+    rows = experts(routing.spread(x, order), counts, routing.reorder(scores, order))
     expected = gradients(routing.collect(rows, order), leaves, upstream)
     assert_close(summed, expected, TOLERANCE[dtype])
 
@@ -194,6 +196,7 @@ def test_chunks_change_nothing(dtype, max_rows, summed):
     x, counts, scores = inputs([3, 2, 6, 1], dtype, unused=0 if summed else 4)
     if summed:
         x, _, _ = inputs([len(IDS)], dtype)
+        scores = scores.detach().view(IDS.shape).requires_grad_()
     upstream = torch.randn(x.shape, dtype=dtype)
 
     def with_chunks_of(size):
@@ -224,7 +227,7 @@ def test_chunks_bound_the_rows_of_intermediates():
     weights = (experts.w13.detach(), experts.w2.detach(), None, None)
     options = Gating(), "auto", 8
     with Shapes() as shapes:
-        operands = rows, *weights, counts, scores, None, None
+        operands = rows, *weights, counts, scores, None, len(rows)
         _, z = grouped_experts._init_fn(*operands, *options)
         grouped_experts_backward._init_fn(rows, z, *operands, *options)
     heights = {shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] in (24, 48)}
@@ -291,22 +294,6 @@ def test_grouped_mm_never_waits_for_the_device(max_rows, monkeypatch):
     torch.autograd.backward(out, torch.ones_like(out))
 
 
-def saved_bytes(forward, *without):
-    """Bytes of distinct storages that backward keeps, besides those of the tensors `without`."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()  # keeps the graph, and thus the storages, alive until they are counted
-    for tensor in without:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    assert out.requires_grad
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("max_rows, z", [(0, 9 * 48 * 4), (4, 0)])
 def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
     experts = build(max_rows_per_chunk=max_rows)
@@ -317,8 +304,8 @@ def test_backward_keeps_rows_and_preactivation_only(max_rows, z):
     assert saved == rows.nbytes + small
     order = routing.sort_by_expert(torch.tensor([[0, 2, 3], [2, 0, 2], [0, 2, 2]]))
     x = rows[:3].detach().clone()
-    saved = saved_bytes(lambda: experts(x, counts, scores, order), *weights)
-    assert saved == x.nbytes + order.tokens.nbytes + order.rows.nbytes + small
+    saved = saved_bytes(lambda: experts(x, counts, scores.view(3, 3), order), *weights)
+    assert saved == x.nbytes + order.rows.nbytes + small
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -330,9 +317,10 @@ def test_the_operator_is_well_formed(summed, max_rows, weighted, bias):
     weights = (experts.w13, experts.w2, experts.b13, experts.b2)
     x, counts, scores = inputs([3, 2, 6, 1])
     order = routing.sort_by_expert(IDS)
-    indices = (order.tokens, order.rows) if summed else (None, None)
-    x = x[: len(IDS)].detach().requires_grad_() if summed else x
-    arguments = (x, *weights, counts, scores if weighted else None, *indices)
+    rows, num_rows = order.rows if summed else None, len(x)
+    if summed:
+        x, scores = x[: len(IDS)].detach().requires_grad_(), scores.detach().view(IDS.shape).requires_grad_()
+    arguments = (x, *weights, counts, scores if weighted else None, rows, num_rows)
     torch.library.opcheck(grouped_experts, (*arguments, [1.702, 7.0, 1.0], "auto", max_rows))
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
+from tests.unit_tests.models.helpers import saved_bytes
 from torchtitan import routing
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.moe.config import MoEConfig
@@ -180,3 +181,30 @@ def test_buffers_start_empty_and_every_weight_is_drawn():
     assert moe.tokens_per_expert.dtype == torch.int64
     assert parameter_inits(moe).keys() == dict(moe.named_parameters()).keys()
     assert "expert_bias" in moe.state_dict() and "tokens_per_expert" not in moe.state_dict()
+
+
+KEPT = {  # bytes besides, of each routed row, and numbers of fp32 of each token
+    "softmax, normalised": ({"route_norm": True}, 0, 0),
+    "softmax": ({}, 0, E),  # of all experts
+    "softmax of the chosen": ({"score_chosen_only": True}, 0, 0),
+    "sigmoid": ({"score_func": "sigmoid"}, 0, 0),
+    "sigmoid, normalised": ({"score_func": "sigmoid", "route_norm": True}, 4, 1),
+}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("config, of_row, of_token", KEPT.values(), ids=KEPT)
+def test_backward_keeps_the_preactivation_and_ten_bytes_a_routed_row(config, of_row, of_token, biased):
+    """The row's place (4), its score (4) and its expert (2), beside the layer's input."""
+    moe = build(torch.bfloat16, load_balance_coeff=1e-3 if biased else 0.0, **config)
+    x = hidden_states(5, 40, torch.bfloat16)
+    saved = saved_bytes(lambda: moe(x), x, *moe.parameters())
+    of_rows = 5 * 40 * K * (4 * WIDTH + 10 + of_row)
+    assert saved == of_rows + 5 * 40 * 4 * of_token + moe.tokens_per_expert.nbytes
+
+
+def test_a_compiled_layer_keeps_no_more():
+    moe, x = build(torch.bfloat16, route_norm=True), hidden_states(5, 40, torch.bfloat16)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager_decomp_partition")
+    saved = saved_bytes(lambda: compiled(x), x, *moe.parameters())
+    assert saved == 5 * 40 * K * (4 * WIDTH + 10) + moe.tokens_per_expert.nbytes

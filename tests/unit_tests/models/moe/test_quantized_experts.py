@@ -173,7 +173,7 @@ def test_the_operator_is_well_formed_and_compiles_whole(recipe):
     experts, rows, counts, scores = weights_and_rows([32, 64, 32, 32], f"{EMULATED}{recipe}", **GPT_OSS)
     weights = (experts.w13, experts.w2, experts.b13, experts.b2)
     options = ([1.702, 7.0, 1.0], experts.backend, 0)
-    torch.library.opcheck(grouped_experts, (rows, *weights, counts, scores, None, None, *options))
+    torch.library.opcheck(grouped_experts, (rows, *weights, counts, scores, None, len(rows), *options))
     layer, x = moe(f"{EMULATED}{recipe}"), tokens(2, 7)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     results = [gradients(f(x), [x, *layer.parameters()], torch.ones_like(x)) for f in (layer, compiled)]
