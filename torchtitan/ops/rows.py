@@ -33,9 +33,9 @@ def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def place(
     rows: torch.Tensor, scores: torch.Tensor | None, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Turn rows (T, K) int32 around, and scores (T, K) or None: the token and the score of each row, (R,).
+    """From rows (T, K) int32, which differ, and scores (T, K) or None: each row's token and score, (R,).
 
-    A row that `rows` does not name is of token -1, and of score 0.
+    A row that `rows` does not name has token -1 and score 0. R is num_rows.
     """
     full = num_rows == rows.numel()
     tokens = rows.new_empty(num_rows) if full else rows.new_full((num_rows,), -1)
@@ -47,8 +47,7 @@ def place(
 
         triton_kernels.place(rows, scores, tokens, by_row)
         return tokens, by_row
-    of_choices = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1).expand_as(rows)
-    tokens[rows] = of_choices
+    tokens[rows] = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1)
     if scores is not None:
         by_row[rows] = scores
     return tokens, by_row

@@ -36,7 +36,7 @@ def place(
     tokens: torch.Tensor,
     by_row: torch.Tensor | None,
 ) -> None:
-    """As ops/rows.py's `place`, into tokens and by_row; no two of rows are the same."""
+    """As ops/rows.py's `place`, into tokens and by_row."""
     size, block = rows.numel(), 1024
     if size:
         scores = None if scores is None else scores.contiguous()

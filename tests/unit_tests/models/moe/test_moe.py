@@ -60,6 +60,9 @@ def token_by_token(moe, config, x):
 CASES = {
     "softmax": {},
     "softmax, normalised": {"route_norm": True},
+    "softmax, normalised, biased, scaled": {
+        "load_balance_coeff": 1e-3, "route_norm": True, "route_scale": 2.5,
+    },
     "sigmoid, biased, scaled": {
         "score_func": "sigmoid", "load_balance_coeff": 1e-3, "route_norm": True, "route_scale": 2.5,
     },
