@@ -36,7 +36,7 @@ KINDS = (
     ("dense GEMM", r"gemm|nvjet|cutlass|xmma|cublas|^aten::(add|b)?mm$|scaled_mm|mkldnn_linear", None),
     (
         "routing and dispatch",
-        r"topk|sort|histogram|bincount|scan|cumsum|scatter|gather|index|sum_rows|take_rows|top_k|fill_tiles|clear_after",
+        r"topk|sort|histogram|bincount|scan|cumsum|scatter|gather|index|(sum|take|invert)_rows|top_k|fill_tiles|clear_after",
         r"^torchtitan::(record_load|sum_rows|exchange)",
     ),
 )

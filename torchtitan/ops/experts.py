@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from torchtitan.logging import logger
 from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
-from torchtitan.ops.rows import place, sum_rows
+from torchtitan.ops.rows import invert_rows, sum_rows
 from torchtitan.ops.swiglu import Gating
 
 
@@ -114,7 +114,7 @@ def _by_row(
     rows: Tensor | None, scores: Tensor | None, num_rows: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of each row its token, where it is not x's own, and its score."""
-    return (None, scores) if rows is None else place(rows, scores, num_rows)
+    return (None, scores) if rows is None else invert_rows(rows, scores, num_rows)
 
 
 def _forward(

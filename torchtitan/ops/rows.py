@@ -30,7 +30,7 @@ def _(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return y.new_empty(len(rows), y.shape[1])
 
 
-def place(
+def invert_rows(
     rows: torch.Tensor, scores: torch.Tensor | None, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """From rows (T, K) int32, which differ, and scores (T, K) or None: each row's token and score, (R,).
@@ -45,7 +45,7 @@ def place(
     if rows.is_cuda:
         from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
-        triton_kernels.place(rows, scores, tokens, by_row)
+        triton_kernels.invert_rows(rows, scores, tokens, by_row)
         return tokens, by_row
     tokens[rows] = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1)
     if scores is not None:

@@ -30,17 +30,17 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def place(
+def invert_rows(
     rows: torch.Tensor,
     scores: torch.Tensor | None,
     tokens: torch.Tensor,
     by_row: torch.Tensor | None,
 ) -> None:
-    """As ops/rows.py's `place`, into tokens and by_row."""
+    """As ops/rows.py's `invert_rows`, into tokens and by_row."""
     size, block = rows.numel(), 1024
     if size:
         scores = None if scores is None else scores.contiguous()
-        _place[(triton.cdiv(size, block),)](
+        _invert_rows[(triton.cdiv(size, block),)](
             rows.contiguous(), scores, tokens, by_row, size, rows.shape[1], block
         )
 
@@ -148,7 +148,7 @@ def _sum_rows(
 
 
 @triton.jit
-def _place(
+def _invert_rows(
     rows,
     scores,
     tokens,

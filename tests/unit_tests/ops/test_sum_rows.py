@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchtitan.ops.rows import place, sum_rows
+from torchtitan.ops.rows import invert_rows, sum_rows
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -33,7 +33,7 @@ def test_each_row_is_told_its_token_and_score(device, num_tokens, num_gaps, weig
     draw = torch.Generator().manual_seed(0)
     rows = torch.randperm(num_rows, generator=draw)[num_gaps:].view(num_tokens, 3).int().to(device)
     scores = torch.rand(num_tokens, 3, generator=draw).to(device)
-    tokens, by_row = place(rows, scores if weighted else None, num_rows)
+    tokens, by_row = invert_rows(rows, scores if weighted else None, num_rows)
     own = torch.arange(num_tokens, device=device).unsqueeze(1).expand(num_tokens, 3)
     assert tokens.shape == (num_rows,) and tokens.dtype == torch.int32
     assert torch.equal(tokens[rows], own.int()) and (tokens == -1).sum() == num_gaps
