@@ -22,6 +22,7 @@ from common import (
     RunFailed,
     Spread,
     ceilings,
+    even_loads,
     grouped_products,
     pick_device,
     table,
@@ -184,18 +185,22 @@ def summary(run: Run, num_steps: int) -> dict[str, object]:
 
 
 def experts_ceiling(case: Case, seq_len: int, device: str) -> dict[str, object]:
-    """TFLOP/s of the grouped products alone, of a layer of this case's experts and a microbatch."""
+    """TFLOP/s of the grouped products alone, of a layer of this case's experts and a microbatch.
+
+    Loads are even, whatever the case's routing.
+    """
     moe, dim = case.config.moe, case.config.dim
     num_rows = case.batch * seq_len * moe.top_k
     w2 = torch.randn(moe.num_experts, dim, moe.ffn_dim, device=device, dtype=torch.bfloat16)
     w13 = torch.randn(moe.num_experts, 2 * moe.ffn_dim, dim, device=device, dtype=torch.bfloat16)
-    works = {"products": grouped_products(w13, w2, num_rows)}
+    works = {"products": grouped_products(w13, w2, even_loads(num_rows, moe.num_experts, device))}
     repeats = 20 if device == "cuda" else 1
     times = take_turns(works, device, warm_up=repeats // 5, rounds=1, repeats=repeats)
     ms = Spread.of(times["products"])
     tflops = 18 * num_rows * dim * moe.ffn_dim / ms.median / 1e9
-    print(f"{case.model}, {case.batch} x {seq_len} tokens: {tflops:.4g} TFLOP/s for its grouped products alone")
-    return {"model": case.model, "rows": num_rows, "ms": ms, "tflops": tflops}
+    tokens = f"{case.model}, {case.batch} x {seq_len} tokens"
+    print(f"{tokens}: {tflops:.4g} TFLOP/s for its grouped products alone, even loads")
+    return {"model": case.model, "rows": num_rows, "loads": "even", "ms": ms, "tflops": tflops}
 
 
 def print_cases(results: list[dict]) -> None:

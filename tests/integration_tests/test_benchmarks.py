@@ -73,8 +73,24 @@ def test_moe_layer(tmp_path):
     recipe = "float8_rowwise_with_gw_hp"
     report = report_of("moe_layer", tmp_path, *sizes, "--rounds=1", "--repeats=2", "--recipes", recipe)
     variants = {result["variant"]: result for result in report["results"]}
-    assert {"ours", "plain", "products", "dense", recipe} <= set(variants)
-    assert variants["ours"]["difference"] < 0.02 < variants[recipe]["difference"] < 0.15
+    layers = ["ours", "ours unfused", "plain", "transformers", recipe]
+    assert list(variants) == [*layers, "products", "dense", "liger"]
+    assert all(variants[layer]["difference"] < 0.02 for layer in layers[:-1])
+    assert 0.02 < variants[recipe]["difference"] < 0.15
+    assert variants["liger"]["missing"] == "liger-kernel needs a GPU"
+    assert variants["products"]["busiest_expert"] > 1
+
+
+def test_moe_layers_are_picked_by_name(tmp_path):
+    """Balanced, and with the names behind a layer's time."""
+    sizes = ["--shapes=small", "--tokens=16", "--routing=balanced", "--warm_up=0", "--rounds=1", "--repeats=2"]
+    picked = ["--layers", "ours", "transformers", "products", "--kernels", "ours"]
+    ours, transformers, products = report_of("moe_layer", tmp_path, *sizes, *picked)["results"]
+    assert [r["variant"] for r in (ours, transformers, products)] == ["ours", "transformers", "products"]
+    assert max(ours["difference"], transformers["difference"]) < 0.02
+    assert products["busiest_expert"] == 1
+    kernels = {kernel["name"]: kernel for kernel in ours["kernels"]}
+    assert kernels["aten::_grouped_mm"]["calls"] == 6 and "kernels" not in products
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -164,7 +180,9 @@ def test_a_trace_is_broken_down_by_kind_of_work(tmp_path, events, kinds, alone, 
     with gzip.open(trace, "wt") as file:
         json.dump({"traceEvents": [*events, {"ph": "i", "name": "an instant"}]}, file)
     assert "| ms a step |" in run_script("breakdown", trace, "--top=3", f"--json={out}")
-    [sums] = json.loads(out.read_text()).values()
+    report = json.loads(out.read_text())
+    assert {"device", "torch", "time", "command"} <= set(report)
+    [sums] = report["traces"].values()
     found = {kind: 1e3 * ms for kind, ms in sums["kinds_ms"].items() if ms}
     assert found == pytest.approx(kinds)
     found = [1e3 * sums[key] for key in ("exposed_communication_ms", "idle_ms", "step_ms")]
