@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.integration_tests.run_tests import REPO
+from torchtitan.config.manager import load_config
 
 BENCHMARKS = REPO / "scripts" / "benchmarks"
 
@@ -34,7 +35,8 @@ def test_training(tmp_path):
     sizes = ["--steps=2", "--seq-len=16", traces, "--extra=--training.mixed_precision_param=float32"]
     report = report_of("training", tmp_path, *cases, *sizes)
     assert report["ceilings"]["matmul_tflops"] > 0
-    assert [ceiling["model"] for ceiling in report["ceilings"]["experts"]] == ["debug_moe"]
+    [of_experts] = report["ceilings"]["experts"]
+    assert (of_experts["model"], of_experts["loads"]) == ("debug_moe", "even")
     dense, experts, failed = report["cases"]
     assert (dense["num_gpus"], dense["routing"]) == (1, None)
     assert (experts["num_gpus"], experts["routing"]) == (2, "forced")
@@ -42,6 +44,7 @@ def test_training(tmp_path):
     for case in (dense, experts):
         whole, part = case["step_ms"]["median"], case["forward_backward_ms"]["median"]
         assert 0 < part < whole and case["memory_gib"] > 0.1 and case["breakdown"]["step_ms"] > 0
+        assert 7 < case["loss"] < 9
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
         "debug-eager-none-1.json.gz",
         "debug_moe-eager-op-1-tp2ep2-forced.json.gz",
@@ -68,6 +71,26 @@ def test_experts_add_gpus_only_where_they_are_more_than_the_ranks(monkeypatch):
     assert {l: Case.parse(f"q6:compile:op:1:{l}").num_gpus for l in layouts} == layouts
 
 
+@pytest.mark.parametrize(
+    ("variant", "converters", "recipes", "exchange"),
+    [
+        ("float8_experts", ["grouped_mm"], (None, "rowwise_with_gw_hp"), False),
+        ("float8_experts_exchange", ["grouped_mm"], (None, "rowwise"), True),
+        ("float8_all", ["linear", "grouped_mm"], ("tensorwise", "rowwise_with_gw_hp"), False),
+    ],
+)
+def test_variants_with_experts_in_float8(monkeypatch, variant, converters, recipes, exchange):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    config = load_config(Case.parse(f"q6:{variant}:op:8:ep2").options)
+    assert config.model.converters == [f"quantize.{kind}.float8" for kind in converters]
+    linear, experts = config.quantize.linear.float8, config.quantize.grouped_mm.float8
+    assert (linear.recipe_name, experts.recipe_name) == recipes
+    assert (experts.fqns, experts.exchange_in_float8) == (["experts"], exchange)
+    assert config.compile.enable and not linear.filter_fqns
+
+
 def test_moe_layer(tmp_path):
     sizes = ["--shapes=small", "--tokens=4", "--routing=natural", "--no_compile", "--warm_up=0"]
     recipe = "float8_rowwise_with_gw_hp"
@@ -83,7 +106,8 @@ def test_moe_layer(tmp_path):
 
 def test_moe_layers_are_picked_by_name(tmp_path):
     """Balanced, and with the names behind a layer's time."""
-    sizes = ["--shapes=small", "--tokens=16", "--routing=balanced", "--warm_up=0", "--rounds=1", "--repeats=2"]
+    sizes = ["--shapes=small", "--tokens=16", "--routing=balanced", "--warm_up=0"]
+    sizes += ["--rounds=1", "--repeats=2"]
     picked = ["--layers", "ours", "transformers", "products", "--kernels", "ours"]
     ours, transformers, products = report_of("moe_layer", tmp_path, *sizes, *picked)["results"]
     assert [r["variant"] for r in (ours, transformers, products)] == ["ours", "transformers", "products"]
