@@ -37,6 +37,7 @@ from common import Spread, ceilings, device_name, peak_gib, record, table, take_
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
 from torchtitan.distributed.comm import destroy_process_group
@@ -95,15 +96,16 @@ def build(args: argparse.Namespace, device: torch.device) -> dict[str, Variant]:
 
 
 def bytes_that_leave(dispatcher: TokenDispatcher, ids: torch.Tensor, args: argparse.Namespace) -> float:
-    """Of routed rows, in one layer, forward and backward: the mean of all ranks. ids (T, K) are this one's."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    owners = ids // (args.num_experts // world)
-    away = owners != rank
-    by_rank = [((owners == other).any(1)).sum() for other in range(world) if other != rank]
-    totals = torch.stack([away.sum(), *by_rank]).double()
-    sent = torch.stack([totals[0], totals[1:].sum()])
+    """Of routed rows, in one layer, forward and backward: a mean over ranks.
+
+    ids (T, K) are the experts that this rank's tokens go to.
+    """
+    world = dist.get_world_size()
+    reached = F.one_hot(ids // (args.num_experts // world), world).sum(1)  # (T, ranks)
+    reached[:, dist.get_rank()] = 0
+    sent = torch.stack([reached.sum(), (reached > 0).sum()]).double()
     dist.all_reduce(sent)
-    rows, tokens = (sent / world).tolist()  # what leaves some rank enters another: the mean is of both
+    rows, tokens = (sent / world).tolist()  # what leaves one rank enters another: means of both are equal
     row = 2 * args.dim
     if isinstance(dispatcher, SymmetricMemoryTokenDispatcher):
         return 2 * tokens * row + 2 * rows * row + 2 * rows * SYMMETRIC_SCORE
@@ -130,16 +132,16 @@ def exchange_ceilings(args: argparse.Namespace, device: torch.device) -> dict[st
     moved = {"copy": 2 * source.nbytes, "all_to_all": 2 * source.nbytes * (world - 1) / world}
     found: dict[str, object] = {"rows": num_rows}
     for name, measured in times.items():
-        ms = slowest(Spread.of(measured))
+        ms = Spread(*slowest(astuple(Spread.of(measured))))
         found[name] = {"ms": ms, "gb_per_s": moved[name] / ms.median / 1e6}
     return found
 
 
-def slowest(mine: Spread) -> Spread:
-    """That of the rank with the largest median."""
+def slowest(mine: tuple[float, ...]) -> tuple[float, ...]:
+    """Of all ranks' figures those of the rank whose first is largest."""
     of_ranks: list[tuple[float, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, astuple(mine))
-    return Spread(*max(of_ranks))
+    dist.all_gather_object(of_ranks, mine)
+    return max(of_ranks)
 
 
 def draw(routing: str, args: argparse.Namespace, device: torch.device) -> list[torch.Tensor]:
@@ -184,8 +186,9 @@ def layers_in_a_row(
 
 
 def measure(routing: str, args: argparse.Namespace, device: torch.device) -> list[dict]:
-    world, tensors = dist.get_world_size(), draw(routing, args, device)
-    experts = GroupedExperts(args.dim, args.ffn_dim, args.num_experts // world, 0.02)
+    tensors = draw(routing, args, device)
+    num_local = args.num_experts // dist.get_world_size()
+    experts = GroupedExperts(args.dim, args.ffn_dim, num_local, 0.02)
     shared = FeedForward(args.dim, args.shared_experts * args.ffn_dim, 0.02)
     for module in (experts, shared):
         for weight in module.to(device, torch.bfloat16).parameters():
@@ -204,13 +207,11 @@ def measure(routing: str, args: argparse.Namespace, device: torch.device) -> lis
     expected: dict[str, torch.Tensor] = {}
     moved = {name: bytes_that_leave(v.dispatcher, tensors[2], args) for name, v in variants.items()}
     results = []
-    for (what, name), work in sorted(works.items()):
+    for (what, name), work in sorted(works.items(), key=lambda item: item[0][0]):
         found, gib = work(), peak_gib(work, device.type) or 0.0
         difference = (found - expected.setdefault(what, found)).double().norm() / found.double().norm()
         mine = Spread.of(times[what, name]).scaled(1 / args.layers)
-        of_ranks: list[tuple[float, ...]] = [()] * world
-        dist.all_gather_object(of_ranks, (*astuple(mine), gib))
-        *ms, gib = max(of_ranks)
+        *ms, gib = slowest((*astuple(mine), gib))
         result = {"routing": routing, "what": what, "dispatcher": name, "ms": Spread(*ms)}
         result |= {"mb_per_layer": moved[name] / 1e6, "gb_per_s": moved[name] / ms[0] / 1e6}
         result |= {"peak_gib": gib, "difference": difference.item()}
@@ -227,7 +228,7 @@ def print_results(results: list[dict]) -> None:
             *(r[key] for key in ("routing", "what", "dispatcher")),
             format(r["ms"], ".2f"),
             f"{r['mb_per_layer']:.4g}",
-            f"{r['gb_per_s']:.0f}",
+            f"{r['gb_per_s']:.4g}",
             f"{r['peak_gib']:.2f}",
             f"{r['difference']:.1e}",
         ]

@@ -117,17 +117,33 @@ def test_moe_layers_are_picked_by_name(tmp_path):
     assert kernels["aten::_grouped_mm"]["calls"] == 6 and "kernels" not in products
 
 
+FLOAT8 = ["float8 experts", "float8 experts and exchange"]
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_dispatcher(tmp_path, num_ranks):
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     argv = ["--small", "--warm_up=0", "--rounds=1", "--repeats=2", "--routing=random"]
     launcher = ranks if num_ranks > 1 else []
-    report = report_of("dispatcher", tmp_path, *argv, launcher=launcher)
-    names = ["standard", "standard, in one go"] if num_ranks > 1 else ["local"]
+    report = report_of("dispatcher", tmp_path, *argv, "--float8", launcher=launcher)
+    names = ["standard", *FLOAT8] if num_ranks > 1 else ["local"]
+    with_shared = ["standard", "standard, in one go", *FLOAT8] if num_ranks > 1 else names
     assert [(r["what"], r["dispatcher"]) for r in report["results"]] == [
-        ("exchange", names[0]), ("layer", names[0]), *(("layer with shared", name) for name in names),
+        *(("exchange", name) for name in names), *(("layer", name) for name in names),
+        *(("layer with shared", name) for name in with_shared),
     ]  # fmt: skip
-    assert all(result["difference"] == 0 for result in report["results"])
+    for result in report["results"]:
+        rounded = FLOAT8[1:] if result["what"] == "exchange" else FLOAT8
+        differs = result["dispatcher"] in rounded
+        assert 0 < result["difference"] < 0.15 if differs else result["difference"] == 0
+    moved = {result["dispatcher"]: result["mb_per_layer"] for result in report["results"]}
+    ceilings = report["ceilings"]
+    assert ceilings["matmul_tflops"] > 0 and ceilings["copy"]["gb_per_s"] > 0
+    if num_ranks == 1:
+        assert moved == {"local": 0} and "all_to_all" not in ceilings
+    else:  # 64 numbers of 2 bytes, two of four times of 1; a score's 16 bytes two times, or three
+        assert ceilings["all_to_all"]["gb_per_s"] > 0 and moved["standard"] == moved[FLOAT8[0]]
+        assert moved[FLOAT8[1]] / moved["standard"] == pytest.approx(432 / 544)
 
 
 def test_data_loading(tmp_path):
