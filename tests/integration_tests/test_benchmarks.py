@@ -154,6 +154,16 @@ def test_data_loading(tmp_path):
     ]  # fmt: skip
 
 
+def test_cpu_throughput(tmp_path):
+    sizes = ["--runs=1", "--steps=12", "--batch-size=1", "--seq-len=16"]
+    report = report_of("cpu_throughput", tmp_path, *sizes)
+    [ours], [theirs] = report["runs"]["torchtitan"], report["runs"]["transformers"]
+    for run in (ours, theirs):
+        assert len(run["seconds_per_step"]) == 2 and run["tokens_per_step"] == 16 and run["memory_gib"] > 0.1
+    rates = report["rates"]
+    assert report["speedup"] == rates["torchtitan"]["median"] / rates["transformers"]["median"] > 0
+
+
 def test_startup(tmp_path):
     small = "--model.overrides.n_layers=1 --compile.backend=aot_eager --training.seq_len=16"
     report = report_of("startup", tmp_path, "--repeats=1", f"--extra={small}")
