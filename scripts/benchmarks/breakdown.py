@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import table
+from common import pick_device, table, write_report
 
 COMMUNICATION, FLOAT8, REST = "communication", "scales and casts to float8", "norms and elementwise"
 # The first kind whose pattern is found counts: in the name of a kernel or operator, or in the names of
@@ -166,13 +166,20 @@ def breakdown_table(found: Mapping[str, dict[str, Any]]) -> str:
     return table(["ms a step", *found], rows)
 
 
-def top_table(spans: Iterable[Span], num: int) -> str:
-    """The names that take the most time, of all recorded steps together."""
+def sums_by_name(spans: Iterable[Span], num_steps: int = 1) -> list[dict[str, Any]]:
+    """Milliseconds and calls a step of each name, the longest first."""
     totals: dict[tuple[str, str], list[float]] = defaultdict(list)
     for span in spans:
         totals[span.name, span.kind].append(span.own)
-    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))[:num]
-    rows = [[kind, f"{sum(own) / 1e3:.2f}", len(own), name[:100]] for (name, kind), own in longest]
+    sums = [
+        {"kind": kind, "name": name, "ms": 1e-3 * sum(own) / num_steps, "calls": len(own) / num_steps}
+        for (name, kind), own in totals.items()
+    ]
+    return sorted(sums, key=lambda named: -named["ms"])
+
+
+def sums_table(sums: Iterable[dict[str, Any]]) -> str:
+    rows = [[s["kind"], f"{s['ms']:.3f}", f"{s['calls']:g}", s["name"][:100]] for s in sums]
     return table(["kind", "ms", "calls", "name"], rows)
 
 
@@ -181,14 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--top", type=int, default=0, help="also list what takes the most time, so many rows")
-    parser.add_argument("--json", type=Path, help="write the sums there")
+    parser.add_argument("--json", type=Path, help="write the sums there, and on what machine they were made")
     options = parser.parse_args()
     found = {str(trace): breakdown(trace) for trace in options.traces}
     print(breakdown_table(found))
     for trace in options.traces if options.top else ():
-        print(f"\n{trace}\n{top_table(spans_of(read_events(trace)), options.top)}")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        sums = sums_by_name(spans_of(read_events(trace)))
+        print(f"\n{trace}, all recorded steps\n{sums_table(sums[: options.top])}")
+    write_report(options.json, pick_device(), traces=found)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,15 @@ def peak_gib(work: Work, device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def record(work: Work, device: str, file: Path) -> None:
+    """Have the profiler record one call, for breakdown.py."""
+    with torch.profiler.profile() as profiler:
+        work()
+        synchronize(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(file))
+
+
 @dataclass(frozen=True)
 class Spread:
     """Of repeated measurements: the median, and what nine of ten stay above and below."""
@@ -119,15 +128,21 @@ def ceilings(device: str) -> dict[str, Any]:
     return found
 
 
-def grouped_products(w13: torch.Tensor, w2: torch.Tensor, num_rows: int) -> Work:
-    """The grouped products of experts alone, forward and backward, on loads as even as can be.
+def even_loads(num_rows: int, num_experts: int, device: str) -> torch.Tensor:
+    """(E,) int64: rows of each expert where all get as many, or nearly."""
+    experts = torch.arange(num_experts, device=device)
+    return num_rows // num_experts + (experts < num_rows % num_experts).long()
 
-    w13 (E, 2F, D), w2 (E, D, F). 18 * rows * D * F operations.
+
+def grouped_products(w13: torch.Tensor, w2: torch.Tensor, counts: torch.Tensor) -> Work:
+    """The grouped products of experts alone, forward and backward.
+
+    w13 (E, 2F, D), w2 (E, D, F), counts (E,) int64 rows of each. 18 * rows * D * F operations.
     """
-    num_experts, dim, ffn_dim = w2.shape
-    ends = torch.linspace(0, num_rows, num_experts + 1, device=w2.device)[1:].int()
+    _, dim, ffn_dim = w2.shape
+    ends = counts.cumsum(0).int()
     rows, z, act = (
-        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
+        torch.randn(int(counts.sum()), width, device=w2.device, dtype=w2.dtype)
         for width in (dim, 2 * ffn_dim, ffn_dim)
     )
 

@@ -1,21 +1,28 @@
-"""One MoE layer, forward and backward, beside a plain version of it: time, memory, TFLOP/s.
+"""One MoE layer, forward and backward, beside other versions of it: time, memory, TFLOP/s.
 
     python scripts/benchmarks/moe_layer.py                              # on a GPU: both shapes
+    python scripts/benchmarks/moe_layer.py --layers ours "ours compiled" products --kernels ours
     python scripts/benchmarks/moe_layer.py --recipes float8_rowwise float8_rowwise_with_gw_hp
     python scripts/benchmarks/moe_layer.py --shapes small --tokens 512  # a rehearsal on a CPU
 
 T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
 forward and backward, 18 * T * K * D * F operations, in a row: eight steps between two events, where a
 step's launches hide behind the step before, as in training; alone, one. "products" is these grouped GEMMs
-alone, "dense" the same work as dense products: ceilings of this machine, measured in the same run.
-"unfused" gathers and gates between products, also where a GPU has kernels that do so inside. The plain
-version has separate gate and up products and a scatter-add combine. Variants take turns. With
+alone, with the loads that the layer's router gives, "dense" the same work as dense products: ceilings of
+this machine, measured in the same run. "unfused" gathers and gates between products, also where a GPU has
+kernels that do so inside. "plain" has separate gate and up products and a scatter-add combine,
+"transformers" is that library's Qwen3-MoE block with its grouped_mm experts, of any shape's sizes, and
+"liger" the fused Triton experts of liger-kernel (a pure wheel; 0.8.5 is what was read). All have the same
+weights. Other libraries' kernels do not install beside torch 2.11: sonic-moe 0.1.2 asks for torch
+below 2.9.2, scattermoe is not on PyPI. Variants take turns; --layers picks some by name. With
 --recipes there are also layers whose experts multiply in few bits (on a CPU emulated, to rehearse), and
-each recipe's "products", of numbers that are float8 already (with gw_hp four of the six).
+each recipe's "products", of numbers that are float8 already (with gw_hp four of the six). --kernels adds,
+after the table, what a variant's time is made of by the profiler.
 """
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,73 +32,49 @@ from common import (
     grouped_products,
     peak_gib,
     pick_device,
+    record,
     table,
     take_turns,
     write_report,
 )
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from breakdown import read_events, spans_of, sums_by_name, sums_table
+from moe_peers import LigerMoE, Missing, PlainMoE, transformers_moe
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
 from torchtitan.ops import quantized_kernels
+from torchtitan.routing import count_tokens
 
 SHAPES = {
     "q30b": {"dim": 2048, "ffn_dim": 768, "num_experts": 128, "top_k": 8},  # qwen3 30B-A3B
     "ds16b": {"dim": 2048, "ffn_dim": 1408, "num_experts": 64, "top_k": 6},  # deepseek_v3 16B
+    "mixtral": {"dim": 4096, "ffn_dim": 14336, "num_experts": 8, "top_k": 2},  # mixtral 8x7B
     "small": {"dim": 64, "ffn_dim": 32, "num_experts": 8, "top_k": 2},
 }
-
-
-IN_A_ROW = 8
-
-
-class PlainMoE(nn.Module):
-    """What one would write first: the same arithmetic, left to autograd."""
-
-    def __init__(self, moe: MoE, config: MoEConfig):
-        super().__init__()
-        self.config = config
-        self.gate = nn.Parameter(moe.router.gate.weight.detach().clone())
-        w1, w3 = moe.experts.w13.detach().unbind(1)
-        self.w1, self.w3 = nn.Parameter(w1.clone()), nn.Parameter(w3.clone())
-        self.w2 = nn.Parameter(moe.experts.w2.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        config, tokens = self.config, x.flatten(0, 1)
-        scores = (tokens @ self.gate.t()).softmax(-1, dtype=torch.float32)
-        if config.force_load_balance:
-            turns = torch.arange(len(tokens) * config.top_k, device=x.device) % config.num_experts
-            ids = turns.view(-1, config.top_k)
-        else:
-            ids = scores.topk(config.top_k).indices
-        top_scores = scores.gather(1, ids)
-        top_scores = top_scores / top_scores.sum(-1, keepdim=True)
-        order = ids.flatten().argsort(stable=True)
-        index = order // config.top_k
-        ends = F.one_hot(ids.flatten(), config.num_experts).sum(0).cumsum(0).int()
-        rows = tokens[index]
-        gate = F.grouped_mm(rows, self.w1.mT, offs=ends)
-        up = F.grouped_mm(rows, self.w3.mT, offs=ends)
-        y = F.grouped_mm(F.silu(gate) * up, self.w2.mT, offs=ends)
-        y = (y * top_scores.flatten()[order].unsqueeze(1)).to(x.dtype)
-        index = index.unsqueeze(1).expand_as(y)
-        return torch.zeros_like(tokens).scatter_add(0, index, y).view_as(x)
+COMPILED = " compiled"
+LAYERS = (
+    "ours", "ours unfused", "plain", "transformers", "liger", "ours compiled", "plain compiled",
+    "transformers compiled", "products", "dense",
+)  # fmt: skip
+IN_A_ROW, RECORDED, MOST_KERNELS = 8, 5, 30
 
 
 def float8_products_alone(
-    moe: MoE, config: MoEConfig, num_rows: int, recipe: quantized_kernels.Recipe
+    moe: MoE, counts: torch.Tensor, recipe: quantized_kernels.Recipe
 ) -> Callable[[], object]:
-    """The grouped products of float8 numbers, as many of them as the recipe has; groups are aligned."""
+    """The grouped products of float8 numbers, as many of them as the recipe has.
+
+    counts (E,) int64: each expert's rows, of which these products take whole blocks.
+    """
     from torchtitan.ops import float8_triton
 
     w13, w2 = moe.experts.w13.detach().flatten(1, 2), moe.experts.w2.detach()
-    blocks = torch.linspace(0, num_rows // recipe.alignment, config.num_experts + 1, device=w2.device)
-    counts = blocks.long().diff() * recipe.alignment
+    counts = -(-counts // recipe.alignment) * recipe.alignment
     tensors = [
-        torch.randn(num_rows, width, device=w2.device, dtype=w2.dtype)
+        torch.randn(int(counts.sum()), width, device=w2.device, dtype=w2.dtype)
         for width in (w2.shape[1], w13.shape[1], w2.shape[2])
     ]
     rows, z, act = (float8_triton.quantize_rows(x) for x in tensors)
@@ -109,7 +92,7 @@ def float8_products_alone(
     return run
 
 
-def dense_product(moe: MoE, config: MoEConfig, num_rows: int) -> Callable[[], object]:
+def dense_product(moe: MoE, num_rows: int) -> Callable[[], object]:
     """The same work: nine products of (T * K, D) and (D, F)."""
     w2 = moe.experts.w2.detach()
     rows = torch.randn(num_rows, w2.shape[1], device=w2.device, dtype=w2.dtype)
@@ -163,6 +146,65 @@ def saved_mib(layer: nn.Module, x: torch.Tensor) -> float:
     return sum(kept.values()) / 2**20
 
 
+def build_layers(
+    moe: MoE, config: MoEConfig, args: argparse.Namespace
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that were asked for, by name; and of those that cannot run here, why."""
+    makers = {
+        "ours": lambda: moe,
+        "ours unfused": lambda: with_backend(moe, "unfused"),
+        "plain": lambda: PlainMoE(moe, config),
+        "transformers": lambda: transformers_moe(moe, config),
+        "liger": lambda: LigerMoE(moe, config),
+    }
+    layers, missing = {}, {}
+    for name in LAYERS:
+        made = name.removesuffix(COMPILED)
+        if name not in args.layers or made not in makers or made in missing:
+            continue
+        try:
+            layer = layers[made] if made in layers else makers[made]()
+            layers[name] = layer if made == name else torch.compile(layer)
+        except Missing as error:
+            missing[name] = str(error)
+    emulated = quantized_kernels.EMULATED if args.device == "cpu" else ""
+    for recipe in args.recipes:
+        layers[recipe] = copy.deepcopy(moe)
+        layers[recipe].quantize_experts(f"{emulated}{recipe}")
+        if not args.no_compile:
+            layers[recipe + COMPILED] = torch.compile(layers[recipe])
+    return layers, missing
+
+
+def with_backend(moe: MoE, backend: str) -> MoE:
+    moe = copy.deepcopy(moe)
+    moe.experts.backend = backend
+    return moe
+
+
+def build_products(
+    moe: MoE, counts: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Callable[[], object]]:
+    """Ceilings at this layer's shape and loads, counts (E,) int64, by name."""
+    w13, w2 = moe.experts.w13.detach().flatten(1, 2), moe.experts.w2.detach()
+    works = {}
+    if "products" in args.layers:
+        works["products"] = grouped_products(w13, w2, counts)
+    if "dense" in args.layers:
+        works["dense"] = dense_product(moe, int(counts.sum()))
+    for recipe in args.recipes if args.device == "cuda" else ():
+        made = quantized_kernels.RECIPES[recipe]
+        works[f"{recipe} products"] = float8_products_alone(moe, counts, made)
+    return works
+
+
+@torch.no_grad()
+def loads_of(moe: MoE, config: MoEConfig, x: torch.Tensor) -> torch.Tensor:
+    """Tokens of each expert by the layer's own router, (E,) int64."""
+    chosen = moe.router(x.flatten(0, 1), None).selected_experts_indices
+    return count_tokens(chosen, config.num_experts)
+
+
 def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     shape = {key: getattr(args, key) or value for key, value in SHAPES[name].items()}
     moe, config = build(shape, routing, args)
@@ -171,56 +213,65 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
         2, 1, args.tokens, shape["dim"], device=args.device, generator=generator
     ).bfloat16()
     x = x.clone().requires_grad_()
-    plain = PlainMoE(moe, config)
-    unfused = copy.deepcopy(moe)
-    unfused.experts.backend = "unfused"
-    layers = {"ours": moe, "ours unfused": unfused, "plain": plain}
-    if not args.no_compile:
-        layers |= {"ours compiled": torch.compile(moe), "plain compiled": torch.compile(plain)}
-    for recipe in args.recipes:
-        emulated = quantized_kernels.EMULATED if args.device == "cpu" else ""
-        layers[recipe] = copy.deepcopy(moe)
-        layers[recipe].quantize_experts(f"{emulated}{recipe}")
-        if not args.no_compile:
-            layers[f"{recipe} compiled"] = torch.compile(layers[recipe])
-    num_rows = args.tokens * config.top_k
+    counts = loads_of(moe, config, x)
+    layers, missing = build_layers(moe, config, args)
     works = {variant: step_of(layer, x, upstream) for variant, layer in layers.items()}
-    experts = moe.experts
-    works["products"] = grouped_products(experts.w13.detach().flatten(1, 2), experts.w2.detach(), num_rows)
-    works["dense"] = dense_product(moe, config, num_rows)
-    for recipe in args.recipes if args.device == "cuda" else ():
-        made = quantized_kernels.RECIPES[recipe]
-        works[f"{recipe} products"] = float8_products_alone(moe, config, num_rows, made)
+    works |= build_products(moe, counts, args)
     options = {"rounds": args.rounds, "repeats": args.repeats}
     times = take_turns(works, args.device, warm_up=args.warm_up, **options)
     several = {variant: in_a_row(work) for variant, work in works.items()}
     times_in_a_row = take_turns(several, args.device, warm_up=0, **options)
-    expected = plain(x).detach().double()
-    operations = 18 * num_rows * shape["dim"] * config.ffn_dim
+    with torch.no_grad():
+        expected = PlainMoE(moe, config)(x).double()
+    operations = 18 * args.tokens * config.top_k * shape["dim"] * config.ffn_dim
+    about = {"shape": name, "routing": routing, "tokens": args.tokens}
+    about["busiest_expert"] = (counts.max() / counts.double().mean()).item()
     results = []
     for variant, work in works.items():
         layer = layers.get(variant)
         alone, ms = Spread.of(times[variant]), Spread.of(times_in_a_row[variant]).scaled(1 / IN_A_ROW)
-        result = {"shape": name, "routing": routing, "variant": variant, "tokens": args.tokens}
-        result |= {"ms": ms, "ms_alone": alone, "tflops": operations / ms.median / 1e9}
+        result = about | {"variant": variant, "ms": ms, "ms_alone": alone}
+        result["tflops"] = operations / ms.median / 1e9
         if layer is not None:
             error = (layer(x).detach().double() - expected).norm() / expected.norm()
             result |= {"peak_gib": peak_gib(work, args.device), "saved_mib": saved_mib(layer, x)}
             result["difference"] = error.item()
+        if variant in args.kernels:
+            result["kernels"] = kernels_of(work, args.device)
         results.append(result)
-    return results
+    return results + [about | {"variant": variant, "missing": why} for variant, why in missing.items()]
+
+
+def kernels_of(work: Callable[[], object], device: str) -> list[dict]:
+    """What one call's time is made of by the profiler, the longest first; on a CPU its operators."""
+    for _ in range(2):
+        work()  # the first may compile, or find the quickest kernel
+    with tempfile.TemporaryDirectory(prefix="torchtitan_benchmark_") as folder:
+        file = Path(folder, "trace.json.gz")
+        record(lambda: [work() for _ in range(RECORDED)], device, file)
+        return sums_by_name(spans_of(read_events(file)), RECORDED)
 
 
 def print_results(results: list[dict]) -> None:
     rows = []
     for r in results:
-        cells = [r["shape"], r["routing"], r["variant"]]
+        loads = f"{r['routing']}, {r['busiest_expert']:.2f}"
+        cells = [r["shape"], loads, r["variant"]]
+        if "missing" in r:
+            rows.append([*cells, r["missing"], *[None] * 5])
+            continue
         cells += [format(r["ms"], ".2f"), f"{r['tflops']:.4g}", format(r["ms_alone"].median, ".2f")]
         for key, form in {"peak_gib": ".2f", "saved_mib": ".1f", "difference": ".1e"}.items():
             cells.append(format(r[key], form) if r.get(key) is not None else None)
         rows.append(cells)
-    headings = ("shape", "routing", "layer", "ms", "TFLOP/s", "ms alone", "peak GiB", "saved MiB", "vs plain")
-    print(table(headings, rows))
+    headings = ("shape", "routing, busiest expert", "layer", "ms", "TFLOP/s", "ms alone")
+    print(table([*headings, "peak GiB", "saved MiB", "vs plain"], rows))
+    print("The busiest expert's tokens are over the mean of all; products have the same loads.")
+    for r in results:
+        if "kernels" in r:
+            total = sum(kernel["ms"] for kernel in r["kernels"])
+            print(f"\n{r['variant']}, {r['shape']}, {r['routing']}: {total:.2f} ms by the profiler")
+            print(sums_table(r["kernels"][:MOST_KERNELS]))
 
 
 def arguments() -> argparse.Namespace:
@@ -234,13 +285,21 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{key}", type=int, help="in place of the shape's")
     parser.add_argument("--max_rows_per_chunk", type=int, default=0)
     float8 = [name for name in quantized_kernels.RECIPES if name.startswith("float8")]
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=LAYERS, help="all, if not said")
     parser.add_argument("--recipes", nargs="*", choices=float8, default=[])
-    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--no_compile", action="store_true", help="leave out what is compiled")
+    parser.add_argument("--kernels", nargs="+", default=[], metavar="LAYER", help="sums by the profiler")
     parser.add_argument("--warm_up", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write the results there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.no_compile:
+        args.layers = [name for name in args.layers if not name.endswith(COMPILED)]
+    measured = {*args.layers, *(name for name in args.kernels if name.startswith(tuple(args.recipes)))}
+    if unknown := set(args.kernels) - measured:
+        parser.error(f"--kernels: not measured: {', '.join(sorted(unknown))}")
+    return args
 
 
 def main() -> None:

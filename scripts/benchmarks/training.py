@@ -5,9 +5,12 @@
 A case is model:variant:recomputation:sequences, where sequences are those of a data-parallel rank and
 step, and where wanted a layout (fsdp2, tp2, ep2, tp2ep2, pp2, kv2, alltoall2, heads2 or several in a
 row; without one, one GPU) and the routing of experts (natural, or forced: each gets as many tokens).
+All variants but `eager` are compiled. In `float8_experts` experts alone multiply in float8, in
+`float8_experts_exchange` (by another recipe) their rows travel so too, with a layout that has ep, in
+`float8_all` Linear layers and the head multiply so as well.
 
 Each case is a run of torchtitan.train in processes of its own, read from its metrics.jsonl; figures are
-medians over the second half of its steps. Ceilings are measured in the same call.
+medians over the second half of its steps; loss is the last one's. Ceilings are measured in the same call.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from common import (
     RunFailed,
     Spread,
     ceilings,
+    even_loads,
     grouped_products,
     pick_device,
     table,
@@ -50,13 +54,23 @@ MODELS = {
     "debug": ["--model.overrides.n_layers=1"],
     "debug_moe": ["--model.name=qwen3", "--model.flavor=debugmodel_moe", "--model.overrides.n_layers=1"],
 }
-FLOAT8_HEAD = ["--compile.enable", "--model.converters=quantize.linear.float8"]
+LINEAR, EXPERTS = "quantize.linear.float8", "quantize.grouped_mm.float8"
+FLOAT8_HEAD = ["--compile.enable", f"--model.converters={LINEAR}"]
 FLOAT8 = [*FLOAT8_HEAD, "--quantize.linear.float8.filter_fqns=output"]
 RECIPE = "--quantize.linear.float8.recipe_name={}"
 GATHERED = [
     "--quantize.linear.float8.enable_fsdp_float8_all_gather",
     "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
 ]
+
+
+def experts_in_float8(recipe: str, *converters: str) -> list[str]:
+    return [
+        "--compile.enable", f"--model.converters={','.join([*converters, EXPERTS])}",
+        f"--{EXPERTS}.fqns=experts", f"--{EXPERTS}.recipe_name={recipe}",
+    ]  # fmt: skip
+
+
 VARIANTS = {
     "compile": ["--compile.enable"],
     "eager": [],
@@ -66,6 +80,9 @@ VARIANTS = {
     "float8_gw_hp": [*FLOAT8, RECIPE.format("rowwise_with_gw_hp")],
     "float8_tensorwise_head": [*FLOAT8_HEAD, RECIPE.format("tensorwise")],
     "float8_rowwise_head": [*FLOAT8_HEAD, RECIPE.format("rowwise")],
+    "float8_experts": experts_in_float8("rowwise_with_gw_hp"),
+    "float8_experts_exchange": [*experts_in_float8("rowwise"), f"--{EXPERTS}.exchange_in_float8"],
+    "float8_all": [*experts_in_float8("rowwise_with_gw_hp", LINEAR), RECIPE.format("tensorwise")],
 }
 RECOMPUTATION = {
     "none": ["--activation_checkpoint.mode=none"],
@@ -184,34 +201,38 @@ def summary(run: Run, num_steps: int) -> dict[str, object]:
 
 
 def experts_ceiling(case: Case, seq_len: int, device: str) -> dict[str, object]:
-    """TFLOP/s of the grouped products alone, of a layer of this case's experts and a microbatch."""
+    """TFLOP/s of the grouped products alone, of a layer of this case's experts and a microbatch.
+
+    Loads are even, whatever the case's routing.
+    """
     moe, dim = case.config.moe, case.config.dim
     num_rows = case.batch * seq_len * moe.top_k
     w2 = torch.randn(moe.num_experts, dim, moe.ffn_dim, device=device, dtype=torch.bfloat16)
     w13 = torch.randn(moe.num_experts, 2 * moe.ffn_dim, dim, device=device, dtype=torch.bfloat16)
-    works = {"products": grouped_products(w13, w2, num_rows)}
+    works = {"products": grouped_products(w13, w2, even_loads(num_rows, moe.num_experts, device))}
     repeats = 20 if device == "cuda" else 1
     times = take_turns(works, device, warm_up=repeats // 5, rounds=1, repeats=repeats)
     ms = Spread.of(times["products"])
     tflops = 18 * num_rows * dim * moe.ffn_dim / ms.median / 1e9
-    print(f"{case.model}, {case.batch} x {seq_len} tokens: {tflops:.4g} TFLOP/s for its grouped products alone")
-    return {"model": case.model, "rows": num_rows, "ms": ms, "tflops": tflops}
+    tokens = f"{case.model}, {case.batch} x {seq_len} tokens"
+    print(f"{tokens}: {tflops:.4g} TFLOP/s for its grouped products alone, even loads")
+    return {"model": case.model, "rows": num_rows, "loads": "even", "ms": ms, "tflops": tflops}
 
 
 def print_cases(results: list[dict]) -> None:
     headings = ("case", "routing", "tokens/s a GPU", "step, ms", "forward and backward", "data")
-    headings += ("MFU full", "MFU causal", "peak GiB", "to first step, s")
+    headings += ("MFU full", "MFU causal", "peak GiB", "loss", "to first step, s")
     rows = []
     for r in results:
         if "failed" in r:
-            rows.append([r["case"], r["routing"], "failed", *[None] * 7])
+            rows.append([r["case"], r["routing"], "failed", *[None] * 8])
             continue
         mfu = [r[key] and f"{r[key].median:.1f} %" for key in ("mfu_full_attention", "mfu_causal_attention")]
         rows.append(
             [r["case"], r["routing"], format(r["tokens_per_second_per_gpu"], ",.0f")]
             + [format(r["step_ms"], ".1f"), f"{r['forward_backward_ms'].median:.1f}"]
             + [f"{r['data_ms'].median:.1f}", *mfu, f"{r['memory_gib']:.1f}"]
-            + [f"{r['seconds_to_first_step']:.0f}"]
+            + [f"{r['loss']:.3f}", f"{r['seconds_to_first_step']:.0f}"]
         )
     print(table(headings, rows))
 
@@ -220,6 +241,7 @@ def arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     names = {"models": MODELS, "variants": VARIANTS, "recomputation": RECOMPUTATION, "layouts": LAYOUTS}
+    names["routings"] = ROUTING
     known = "; ".join(f"{kind}: {', '.join(values)}" for kind, values in names.items())
     parser.add_argument("words", nargs="+", metavar="case", help=known)
     parser.add_argument("--steps", type=int, default=20)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.integration_tests.run_tests import REPO
+from torchtitan.config.manager import load_config
 
 BENCHMARKS = REPO / "scripts" / "benchmarks"
 
@@ -34,7 +35,8 @@ def test_training(tmp_path):
     sizes = ["--steps=2", "--seq-len=16", traces, "--extra=--training.mixed_precision_param=float32"]
     report = report_of("training", tmp_path, *cases, *sizes)
     assert report["ceilings"]["matmul_tflops"] > 0
-    assert [ceiling["model"] for ceiling in report["ceilings"]["experts"]] == ["debug_moe"]
+    [of_experts] = report["ceilings"]["experts"]
+    assert (of_experts["model"], of_experts["loads"]) == ("debug_moe", "even")
     dense, experts, failed = report["cases"]
     assert (dense["num_gpus"], dense["routing"]) == (1, None)
     assert (experts["num_gpus"], experts["routing"]) == (2, "forced")
@@ -42,6 +44,7 @@ def test_training(tmp_path):
     for case in (dense, experts):
         whole, part = case["step_ms"]["median"], case["forward_backward_ms"]["median"]
         assert 0 < part < whole and case["memory_gib"] > 0.1 and case["breakdown"]["step_ms"] > 0
+        assert 7 < case["loss"] < 9
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
         "debug-eager-none-1.json.gz",
         "debug_moe-eager-op-1-tp2ep2-forced.json.gz",
@@ -68,13 +71,53 @@ def test_experts_add_gpus_only_where_they_are_more_than_the_ranks(monkeypatch):
     assert {l: Case.parse(f"q6:compile:op:1:{l}").num_gpus for l in layouts} == layouts
 
 
+@pytest.mark.parametrize(
+    ("variant", "converters", "recipes", "exchange"),
+    [
+        ("float8_experts", ["grouped_mm"], (None, "rowwise_with_gw_hp"), False),
+        ("float8_experts_exchange", ["grouped_mm"], (None, "rowwise"), True),
+        ("float8_all", ["linear", "grouped_mm"], ("tensorwise", "rowwise_with_gw_hp"), False),
+    ],
+)
+def test_variants_with_experts_in_float8(monkeypatch, variant, converters, recipes, exchange):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from training import Case
+
+    config = load_config(Case.parse(f"q6:{variant}:op:8:ep2").options)
+    assert config.model.converters == [f"quantize.{kind}.float8" for kind in converters]
+    linear, experts = config.quantize.linear.float8, config.quantize.grouped_mm.float8
+    assert (linear.recipe_name, experts.recipe_name) == recipes
+    assert (experts.fqns, experts.exchange_in_float8) == (["experts"], exchange)
+    assert config.compile.enable and not linear.filter_fqns
+
+
 def test_moe_layer(tmp_path):
     sizes = ["--shapes=small", "--tokens=4", "--routing=natural", "--no_compile", "--warm_up=0"]
     recipe = "float8_rowwise_with_gw_hp"
     report = report_of("moe_layer", tmp_path, *sizes, "--rounds=1", "--repeats=2", "--recipes", recipe)
     variants = {result["variant"]: result for result in report["results"]}
-    assert {"ours", "plain", "products", "dense", recipe} <= set(variants)
-    assert variants["ours"]["difference"] < 0.02 < variants[recipe]["difference"] < 0.15
+    layers = ["ours", "ours unfused", "plain", "transformers", recipe]
+    assert list(variants) == [*layers, "products", "dense", "liger"]
+    assert all(variants[layer]["difference"] < 0.02 for layer in layers[:-1])
+    assert 0.02 < variants[recipe]["difference"] < 0.15
+    assert variants["liger"]["missing"] == "liger-kernel needs a GPU"
+    assert variants["products"]["busiest_expert"] > 1
+
+
+def test_moe_layers_are_picked_by_name(tmp_path):
+    """Balanced, and with the names behind a layer's time."""
+    sizes = ["--shapes=small", "--tokens=16", "--routing=balanced", "--warm_up=0"]
+    sizes += ["--rounds=1", "--repeats=2"]
+    picked = ["--layers", "ours", "transformers", "products", "--kernels", "ours"]
+    ours, transformers, products = report_of("moe_layer", tmp_path, *sizes, *picked)["results"]
+    assert [r["variant"] for r in (ours, transformers, products)] == ["ours", "transformers", "products"]
+    assert max(ours["difference"], transformers["difference"]) < 0.02
+    assert products["busiest_expert"] == 1
+    kernels = {kernel["name"]: kernel for kernel in ours["kernels"]}
+    assert kernels["aten::_grouped_mm"]["calls"] == 6 and "kernels" not in products
+
+
+FLOAT8 = ["float8 experts", "float8 experts and exchange"]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -82,12 +125,25 @@ def test_dispatcher(tmp_path, num_ranks):
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     argv = ["--small", "--warm_up=0", "--rounds=1", "--repeats=2", "--routing=random"]
     launcher = ranks if num_ranks > 1 else []
-    report = report_of("dispatcher", tmp_path, *argv, launcher=launcher)
-    names = ["standard", "standard, in one go"] if num_ranks > 1 else ["local"]
+    report = report_of("dispatcher", tmp_path, *argv, "--float8", launcher=launcher)
+    names = ["standard", *FLOAT8] if num_ranks > 1 else ["local"]
+    with_shared = ["standard", "standard, in one go", *FLOAT8] if num_ranks > 1 else names
     assert [(r["what"], r["dispatcher"]) for r in report["results"]] == [
-        ("exchange", names[0]), ("layer", names[0]), *(("layer with shared", name) for name in names),
+        *(("exchange", name) for name in names), *(("layer", name) for name in names),
+        *(("layer with shared", name) for name in with_shared),
     ]  # fmt: skip
-    assert all(result["difference"] == 0 for result in report["results"])
+    for result in report["results"]:
+        rounded = FLOAT8[1:] if result["what"] == "exchange" else FLOAT8
+        differs = result["dispatcher"] in rounded
+        assert 0 < result["difference"] < 0.15 if differs else result["difference"] == 0
+    moved = {result["dispatcher"]: result["mb_per_layer"] for result in report["results"]}
+    ceilings = report["ceilings"]
+    assert ceilings["matmul_tflops"] > 0 and ceilings["copy"]["gb_per_s"] > 0
+    if num_ranks == 1:
+        assert moved == {"local": 0} and "all_to_all" not in ceilings
+    else:  # 64 numbers of 2 bytes, two of four times of 1; a score's 16 bytes two times, or three
+        assert ceilings["all_to_all"]["gb_per_s"] > 0 and moved["standard"] == moved[FLOAT8[0]]
+        assert moved[FLOAT8[1]] / moved["standard"] == pytest.approx(432 / 544)
 
 
 def test_data_loading(tmp_path):
@@ -96,6 +152,16 @@ def test_data_loading(tmp_path):
     assert [(r["source"], r.get("workers")) for r in results] == [
         ("tokenizer alone", None), ("text", 0), ("text", 1), ("tokens", 0), ("tokens", 1),
     ]  # fmt: skip
+
+
+def test_cpu_throughput(tmp_path):
+    sizes = ["--runs=1", "--steps=12", "--batch-size=1", "--seq-len=16"]
+    report = report_of("cpu_throughput", tmp_path, *sizes)
+    [ours], [theirs] = report["runs"]["torchtitan"], report["runs"]["transformers"]
+    for run in (ours, theirs):
+        assert len(run["seconds_per_step"]) == 2 and run["tokens_per_step"] == 16 and run["memory_gib"] > 0.1
+    rates = report["rates"]
+    assert report["speedup"] == rates["torchtitan"]["median"] / rates["transformers"]["median"] > 0
 
 
 def test_startup(tmp_path):
@@ -164,7 +230,9 @@ def test_a_trace_is_broken_down_by_kind_of_work(tmp_path, events, kinds, alone, 
     with gzip.open(trace, "wt") as file:
         json.dump({"traceEvents": [*events, {"ph": "i", "name": "an instant"}]}, file)
     assert "| ms a step |" in run_script("breakdown", trace, "--top=3", f"--json={out}")
-    [sums] = json.loads(out.read_text()).values()
+    report = json.loads(out.read_text())
+    assert {"device", "torch", "time", "command"} <= set(report)
+    [sums] = report["traces"].values()
     found = {kind: 1e3 * ms for kind, ms in sums["kinds_ms"].items() if ms}
     assert found == pytest.approx(kinds)
     found = [1e3 * sums[key] for key in ("exposed_communication_ms", "idle_ms", "step_ms")]
