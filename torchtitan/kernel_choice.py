@@ -208,9 +208,10 @@ def _workload(
     ids = torch.arange(num_rows, device=device).view(-1, shape.top_k) % shape.num_experts
     counts = routing.count_tokens(ids, shape.num_experts)
     order = routing.sort_by_expert(ids) if shape.gathered else None
-    size = (shape.num_tokens if shape.gathered else num_rows, shape.dim)
+    scored = (shape.num_tokens, shape.top_k) if shape.gathered else (num_rows,)
+    size = (scored[0], shape.dim)
     x, upstream = torch.randn(size, **options, requires_grad=True), torch.randn(size, **options)
-    scores = torch.rand(num_rows, device=device, generator=generator, requires_grad=True)
+    scores = torch.rand(scored, device=device, generator=generator, requires_grad=True)
     leaves = [x, *experts.parameters(), *([scores] if shape.weighted else [])]
 
     def step():
