@@ -154,7 +154,8 @@ def test_data_loading(tmp_path):
     ]  # fmt: skip
 
 
-def test_cpu_throughput(tmp_path):
+def test_cpu_throughput(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads of steps this small would only wait for each other
     sizes = ["--runs=1", "--steps=12", "--batch-size=1", "--seq-len=16"]
     report = report_of("cpu_throughput", tmp_path, *sizes)
     [ours], [theirs] = report["runs"]["torchtitan"], report["runs"]["transformers"]
