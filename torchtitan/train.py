@@ -19,6 +19,7 @@ from torchtitan.observability.clock import StartClock
 from torchtitan.observability.watchdog import Watchdog
 from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
 from torchtitan.preflight import prepare, prepare_again, report, world_size_asked_for
+from torchtitan.quantization.converters import unused_sections
 from torchtitan.reproducibility import make_deterministic
 from torchtitan.trainer import Trainer
 
@@ -34,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         keep_freed_memory()
     try:
         config = load_config(argv)
+        for line in unused_sections(config) if world.rank == 0 else ():
+            logger.warning(line)
         if config.comm.mode == "fake_backend":
             for line in dry_run(config, world_size_asked_for()):
                 logger.info(line)

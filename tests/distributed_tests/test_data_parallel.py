@@ -37,10 +37,10 @@ def tiny(**changes):
     return replace(base, **{"vocab_size": 54, "seq_len": 8} | changes)
 
 
-def global_batch():
+def global_batch(length=8):
     """Ragged on purpose: some sequences, and so some ranks, have few valid labels or none."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(54, (SEQUENCES, 9), generator=generator)
+    tokens = torch.randint(54, (SEQUENCES, length + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     labels[:3] = IGNORE_INDEX
     labels[5, 2:] = IGNORE_INDEX
@@ -57,10 +57,16 @@ def build(model_config, config):
 def gradients(model_config, config, microbatches=1):
     """Weights, gradients, summed loss and grad norm of one global batch on this rank's layout."""
     degrees, model = build(model_config, config)
+    return gradients_of(model, degrees, config, microbatches)
+
+
+def gradients_of(model, degrees, config, microbatches):
+    """The same of a model that is built, on sequences of its length."""
+    batch = global_batch(model.config.seq_len)
     slots = degrees.slots(dist.get_rank(), SEQUENCES)
     part = sequence_part(config.parallelism, degrees, dist.get_rank())
-    tokens, labels = (part.cut(x[slots.start : slots.stop]) for x in global_batch())
-    valid = (global_batch()[1] != IGNORE_INDEX).sum()
+    tokens, labels = (part.cut(x[slots.start : slots.stop]) for x in batch)
+    valid = (batch[1] != IGNORE_INDEX).sum()
     total = torch.zeros(())
     each = config.training.sync_gradients_each_microbatch
     rows = torch.tensor(slots).chunk(microbatches)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from tests.distributed_tests.test_training import COMMON, Trainer, build, records, run
+from tests.distributed_tests.test_training import COMMON, Trainer, build, messages, records, run
 from torchtitan.checkpoint.hf import load_pretrained
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.logging import logger
 
 FLOAT8 = "quantize.linear.float8"
 CONVERTED = {"model.converters": "float8", f"{FLOAT8}.emulate": True}
@@ -34,6 +35,20 @@ def scales(settings):
     trainer = build(settings, LookingTrainer)
     trainer.run()
     return trainer.scales
+
+
+def trees(settings):
+    """Module trees that a run of one step prints."""
+    logger.setLevel("INFO")
+    settings = COMMON | CONVERTED | {"training.local_batch_size": 12, "training.steps": 1} | settings
+    return [line for line in messages(settings) if "(tok_embeddings)" in line]
+
+
+def test_the_converted_model_is_printed_where_asked_for(tmp_path):
+    settings = {"job.dump_folder": tmp_path}
+    [[tree]] = run_ranks(trees, 1, settings | {"model.print_after_conversion": True})
+    assert tree.count("(wq): Float8Linear(") == 2
+    assert run_ranks(trees, 1, settings) == [[]]
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,27 @@ ROUND = {
     "optimizer.implementation": "for-loop",
     "training.dtype": "bfloat16",
 }
-KINDS = {"Muon": MUON, "AdamW8bit": EIGHT, "rounded": ROUND, "AdamW8bit, rounded": EIGHT | ROUND}
+TABLES = ", ".join(
+    [
+        '{patterns = "tok_embeddings.*", lr_scale = 0.3}',
+        '{patterns = "*.w2", weight_decay = 0.5, lr_scale = 2.0}',
+        '{patterns = "*attention.wo.*", optimizer = "AdamW"}',
+    ]
+)
+GROUPS = MUON | {"optimizer.groups": f"[{TABLES}]"}
+KINDS = {
+    "Muon": MUON,
+    "Muon, groups": GROUPS,
+    "AdamW8bit": EIGHT,
+    "rounded": ROUND,
+    "AdamW8bit, rounded": EIGHT | ROUND,
+}
 BAND = 0.1
 """How far AdamW8bit's weights may be from one process's, relative to how far they went; seen: 0.06."""
+
+
+LOSS_BAND = 3e-4
+"""How far losses may be from one process's where other draws round the weights; seen: 4e-5."""
 
 
 def end_of(folder, layout, settings):
@@ -83,6 +101,37 @@ def test_muon_has_one_processs_weights(reference, tmp_path, layout, more):
     assert_near(deviations(state, reference("Muon")), 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["tp2", "fsdp2 x tp2, ep4"])
+def test_groups_have_one_processs_weights(reference, tmp_path, layout):
+    """Moments show which optimizer updates what."""
+    state, _ = end_of(tmp_path, layout, GROUPS)
+    assert "exp_avg.layers.0.attention.wo.weight" in state
+    assert_near(deviations(state, reference("Muon, groups")), 1e-5)
+    for name in ("tok_embeddings.weight", "layers.0.moe.experts.w2"):  # not as without tables
+        key = f"model.{name}"
+        assert not torch.equal(reference("Muon")[1][key], reference("Muon, groups")[1][key])
+
+
+def assert_near_losses(curve, expected):
+    assert curve and curve != {step: expected[step] for step in curve}
+    for step, loss in curve.items():
+        assert loss == pytest.approx(expected[step], rel=LOSS_BAND), step
+
+
+def test_rounded_weights_of_experts_train_as_one_processs(reference, tmp_path):
+    _, curve = end_of(tmp_path, "ep2", ROUND)
+    assert_near_losses(curve, reference("rounded")[2])
+
+
+def test_rounded_weights_go_on_on_another_layout(reference, tmp_path):
+    saved, _ = end_of(tmp_path, "fsdp2", ROUND | {"training.steps": SAVED})
+    loaded, _ = run(tmp_path, "tp2", **ROUND)
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name], tensor), name
+    assert_near_losses(losses(tmp_path), reference("rounded")[2])
+
+
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp2 x tp2, ep4"])
 def test_adamw_in_8_bits_stays_near_one_process(reference, tmp_path, layout):
     """As blocks differ, so do codes; without quantization the deviation is below 1e-4."""
@@ -111,6 +160,7 @@ def test_a_resume_on_the_same_layout_has_the_same_bits(tmp_path, kind, layout):
     [
         ("Muon", "one", "fsdp2 x tp2, ep4", 1e-5),
         ("Muon", "fsdp2 x tp2", "fsdp3", 1e-5),
+        ("Muon, groups", "ep2", "fsdp2 x tp2", 1e-5),
         ("AdamW8bit", "fsdp2 x tp2, ep4", "fsdp3", BAND),
         ("AdamW8bit", "ep2", "one", BAND),
     ],

@@ -1,13 +1,17 @@
 """Experts in emulated float8 on every layout: the gradients of one process that emulates it too."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
 from tests.distributed_tests.test_all_to_all import poison
 from tests.distributed_tests.test_data_parallel import (
     assert_equal_on_all_ranks,
+    build,
     gradients,
+    gradients_of,
     tiny,
 )
 from tests.distributed_tests.test_moe_layouts import LAYOUTS, parallel
@@ -131,3 +135,41 @@ def test_mx_equals_one_process():
         for rank in ranks:
             found = errors(rank[i], reference)
             assert max(found.values()) < 1e-5, max(found, key=found.get)
+
+
+ODD = [replace(model, seq_len=7) for model in MODELS]
+"""In four microbatches of three sequences, 21 tokens each: slices of them differ between ranks."""
+
+
+def gradients_and_loads(use, config):
+    poison()
+    found = []
+    for model_config in ODD:
+        degrees, model = build(model_config, use(config))
+        results = gradients_of(model, degrees, config, 4)
+        found.append((results, loads(model)))
+    return found
+
+
+def loads(model):
+    """Tokens that this rank's routers sent to each expert, by layer."""
+    blocks = model.layers.values()
+    return torch.stack([block.moe.tokens_per_expert for block in blocks if block.moe is not None])
+
+
+@pytest.mark.parametrize("use", [in_float8, in_mx])
+def test_an_odd_number_of_tokens_equals_one_process(use):
+    """Pads neither move a scale nor count as load; nor do they where rows travel as float8."""
+    [alone] = run_ranks(gradients_and_loads, 1, use, parallel())
+    runs = [(2, use), (4, use)]
+    if use is in_float8:
+        runs.append((2, partial(use, exchange_in_float8=True)))
+    for size, sent_as in runs:
+        config = parallel(tp=size, ep=size, sp=False)
+        ranks = run_ranks(gradients_and_loads, size, sent_as, config, timeout=180)
+        for i, (reference, load) in enumerate(alone):
+            for gradients, own_load in (rank[i] for rank in ranks):
+                assert torch.equal(own_load, load)  # each rank has all tokens
+                if sent_as is use or i == 0:  # others have biases, or score before experts
+                    found = errors(gradients, reference)
+                    assert max(found.values()) < 1e-5, (size, i, max(found, key=found.get))

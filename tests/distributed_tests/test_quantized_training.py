@@ -26,6 +26,7 @@ FLOAT8 = {
 }
 RECIPES = {
     "rowwise": FLOAT8,
+    "rowwise_with_gw_hp": FLOAT8 | {"quantize.grouped_mm.float8.recipe_name": "rowwise_with_gw_hp"},
     "mxfp8": {
         "model.converters": "quantize.grouped_mm.mx",
         "quantize.grouped_mm.mx.fqns": "experts",

@@ -80,13 +80,17 @@ def test_compiled_products_are_within_float8s_error(recipe, rows):
 
 
 def train(recipe, steps=20):
-    """Losses of a small model that learns one batch; in float8 its blocks are compiled."""
+    """Losses of a small model on new batches of few frequent tokens; in float8 its blocks are compiled.
+
+    On one batch, learnt by heart, small differences would grow from step to step.
+    """
     config = config_of(recipe, "--model.flavor=debugmodel", "--model.overrides.n_layers=2")
     if recipe:
         check_device(config, torch.device("cuda"))
     model = model_config("llama3", "debugmodel", config.model.overrides).update_from_config(config).build()
     if recipe:
-        convert(model, config)
+        [done] = convert(model, config)
+        assert "output" in done.converted
     torch.manual_seed(0)
     for weight in model.parameters():
         nn.init.ones_(weight) if weight.ndim == 1 else nn.init.normal_(weight, std=0.02)
@@ -94,10 +98,10 @@ def train(recipe, steps=20):
     model.fill_buffers(torch.device("cuda"))
     for block in model.layers.values() if recipe else ():
         block.forward = torch.compile(block.forward, fullgraph=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.randint(2048, (4, 257), device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(steps):
+        tokens = (2048 * torch.rand(4, 257, device="cuda") ** 4).long()
         loss = model(tokens[:, :-1], tokens[:, 1:].contiguous()) / tokens[:, 1:].numel()
         loss.backward()
         optimizer.step()
@@ -109,9 +113,9 @@ def train(recipe, steps=20):
 def test_losses_stay_in_the_band_of_bfloat16():
     exact = train("")
     assert exact[-1] < exact[0] - 1  # it learns
-    for recipe in ("tensorwise", "rowwise"):
+    for recipe in RECIPES:
         ours = train(recipe)
-        assert ours == pytest.approx(exact, abs=0.03 * exact[0]), recipe
+        assert ours == pytest.approx(exact, rel=5e-3), recipe  # emulated: 2e-3
         assert ours != exact
 
 

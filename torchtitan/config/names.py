@@ -74,8 +74,8 @@ def present_name(old: str, known: Iterable[str]) -> str:
     if old in REPLACED:
         return REPLACED[old]
     for pattern, new in RENAMED.items():
-        if old == pattern:
-            return f"It was renamed to {new}."
+        if old == pattern.removesuffix(".*"):
+            return f"It was renamed to {new.removesuffix('.*')}."
         stem = pattern.removesuffix("*")
         if stem != pattern and old.startswith(stem):
             name = new.removesuffix("*") + old.removeprefix(stem)

@@ -62,7 +62,7 @@ class MXGroupedMM:
     """MX-format products in grouped experts."""
 
     recipe_name: Literal["mxfp8", "mxfp8_emulated"] = "mxfp8"
-    """torchao's recipe of MX grouped products, or its emulation on devices without them."""
+    """torchao's recipe of MX grouped products, or (ours) its emulation on devices without them."""
 
     fqns: list[str] | str = field(default_factory=list)
     """Modules whose experts are quantized: those whose name contains one of these."""

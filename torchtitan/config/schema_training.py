@@ -56,7 +56,7 @@ class Optimizer:
     """How weights are updated."""
 
     name: str = "AdamW"
-    """Adam, AdamW, AdamW8bit or Muon."""
+    """Adam or AdamW; ours are AdamW8bit and Muon."""
 
     lr: float = 8e-4
     """Peak learning rate."""

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
-from torchtitan.config.schema import JobConfig
+from torchtitan.config.names import leaf_keys, nearest, present_name
+from torchtitan.config.schema import JobConfig, Quantize
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization import float8, float8_experts, mx, mx_experts
 from torchtitan.quantization.conversion import Conversion
@@ -120,7 +120,26 @@ def unknown_converters(config: JobConfig) -> list[Fault]:
     ]
 
 
+def unused_sections(config: JobConfig) -> list[str]:
+    """A line for each section of [quantize] that asks for something while no converter reads it.
+
+    Filters ask for nothing, and stand in files for the day that a converter is named.
+    """
+    used = {ALIASES.get(name, name) for name in config.model.converters}
+    defaults, asked = leaf_keys(Quantize, "quantize."), {}
+    for key, value in leaf_keys(config.quantize, "quantize.").items():
+        section, _, name = key.rpartition(".")
+        if value != defaults[key] and section not in used and name not in ("fqns", "filter_fqns"):
+            asked.setdefault(section, key)
+    return [
+        f"{key} is without effect: {section} is not in model.converters, and nothing is quantized by it"
+        for section, key in asked.items()
+    ]
+
+
 def _remedy(name: str, known: list[str]) -> str:
+    if advice := present_name(name, known):
+        return advice
     near = nearest(name, known)
     return f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
 

@@ -23,14 +23,14 @@ def rows(section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def documented_as_ours() -> set[str]:
-    """Names of the keys whose docstring marks them as ours."""
-    names = set()
+def documented_as_ours() -> list[str]:
+    """Names of the keys whose docstring marks them, or values of theirs, as ours."""
+    names = []
     for module in (schema_parallelism, schema_quantize, schema_run, schema_training):
         for section in ast.parse(Path(module.__file__).read_text()).body:
             for key, text in zip(getattr(section, "body", []), getattr(section, "body", [])[1:]):
                 if isinstance(key, ast.AnnAssign) and "ours" in text.value.value.lower():
-                    names.add(key.target.id)
+                    names.append(key.target.id)
     return names
 
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from torchtitan import preflight
+from torchtitan import preflight, train
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.registry import families, model_config
 from torchtitan.ops.cross_entropy import chunked_linear_cross_entropy
-from torchtitan.quantization import converters, float8
+from torchtitan.quantization import converters, float8, mx
 from torchtitan.quantization.converters import convert, emulated, exact
 from torchtitan.verify_case import alone, settle
 
@@ -73,6 +73,50 @@ def test_every_family_has_its_linear_layers_converted(family, name):
 def test_upstreams_name_means_the_same():
     [_, [done]] = converted("--model.converters=float8")
     assert done.name == FLOAT8
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("mx", MX), ("quantize.dense.float8", FLOAT8), ("quantize.moe.mx", "quantize.grouped_mm.mx")]
+)
+def test_names_of_older_releases_are_answered_with_the_present_ones(old, new):
+    [fault] = converters.unknown_converters(load(f"--model.converters={old}"))
+    assert str(fault) == f'model.converters = "{old}": no such name. It was renamed to {new}.'
+
+
+ASKED = {
+    f"{FLOAT8}.recipe_name": "rowwise",
+    f"{MX}.recipe_name": "mxfp8_emulated",
+    "quantize.grouped_mm.float8.recipe_name": "rowwise_with_gw_hp",
+    "quantize.grouped_mm.mx.recipe_name": "mxfp8_emulated",
+}
+FILTERS = [f"--{FLOAT8}.filter_fqns=output", "--quantize.grouped_mm.float8.fqns=experts"]
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_a_section_that_no_converter_reads_is_told_once(key, capsys, monkeypatch):
+    section = key.rpartition(".")[0]
+    argv = [f"--{key}={ASKED[key]}", "--comm.mode=fake_backend", *FILTERS]
+    monkeypatch.setattr(train, "dry_run", lambda *_: ())
+    assert train.main(argv) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert "WARNING" in line and f"{key} is without effect: {section} is not in model.converters" in line
+    assert train.main([*argv, f"--model.converters={section}"]) == 0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(argv) == 0
+    assert not capsys.readouterr().err
+
+
+def test_a_section_of_defaults_and_filters_asks_for_nothing():
+    default = [f"--{FLOAT8}.no_enable_fsdp_float8_all_gather", f"--{MX}.recipe_name=mxfp8_cublas"]
+    assert not converters.unused_sections(load(*FILTERS, *default))
+    assert not converters.unused_sections(load("--model.converters=float8", f"--{FLOAT8}.emulate"))
+
+
+def test_the_kernel_that_casts_along_columns_is_the_one_asked_for():
+    model, _ = converted(f"--model.converters={MX}", f"--{MX}.mxfp8_dim1_cast_kernel_choice=torch")
+    kinds = type(model.layers["0"].attention.wq.options[6])
+    assert {layer.options[6] for layer in model.modules() if isinstance(layer, mx.MXLinear)} == {kinds.TORCH}
 
 
 def test_a_line_tells_what_was_converted_and_what_was_left():
