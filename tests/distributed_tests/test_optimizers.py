@@ -39,7 +39,7 @@ BAND = 0.1
 
 
 LOSS_BAND = 3e-4
-"""How far losses may be from one process's where other draws round the weights; seen: 4e-5."""
+"""How far losses may be from one process's where other draws round the weights; seen: 7e-5."""
 
 
 def end_of(folder, layout, settings):
