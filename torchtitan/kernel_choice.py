@@ -26,7 +26,7 @@ from torchtitan.ops.experts import trial
 
 CANDIDATES = ("fused", "unfused")
 FILE = "expert_kernels.json"
-"""In the run's folder: milliseconds of the candidates, by what they were measured on."""
+"""In the run's folder: the choice and the candidates' milliseconds, by what they were measured on."""
 
 _WARM_UPS, _REPEATS, _IN_A_ROW = 3, 7, 4
 """Steps between two events hide a step's launches behind the step before, as in training."""
@@ -105,71 +105,67 @@ def _is_open(model_config: DecoderConfig, config: JobConfig) -> bool:
     """Whether the config, which all ranks share, leaves a choice between kernels."""
     if not model_config.n_moe_layers or config.debug.deterministic:
         return False
-    moe, converters = model_config.moe, config.model.converters
-    quantized = any(name.startswith("quantize.grouped_mm") for name in converters)
+    moe = model_config.moe
     fusible = not moe.experts_bias and not moe.max_rows_per_chunk
-    return fusible and moe.experts_backend == "auto" and not quantized
+    return fusible and moe.experts_backend == "auto" and not config.model.quantizes_experts
 
 
 def faster(shape: Shape, device: torch.device, path: Path) -> str:
     """The candidate that took less time when it was measured, now or as the file at `path` says.
 
-    "auto" where memory does not suffice to measure.
+    "auto" where they could not be measured.
     """
     key = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: {shape}"
     stored = _read(path)
-    source = "read from" if key in stored else "written to"
-    if key not in stored:
-        measured = measure(shape, device)
-        if measured is None:
-            logger.warning(f"too little memory to measure experts' kernels ({shape}): a rule chooses")
-            return "auto"
-        stored[key] = measured
-        _write(path, stored)
-    times = stored[key]
-    best = min(times, key=times.get)
-    figures = ", ".join(f"{name} {milliseconds:.3f} ms" for name, milliseconds in times.items())
-    logger.info(f"experts' kernels: {best}; forward and backward take {figures} ({shape}; {source} {path})")
+    known = stored.get(key)
+    if isinstance(known, dict) and known.get("backend") in (*CANDIDATES, "auto"):
+        logger.info(f"experts' kernels: {known['backend']}, as {path} says ({shape})")
+        return known["backend"]
+    times = measure(shape, device)
+    best = min(times, key=times.get) if times else "auto"
+    if times:
+        figures = ", ".join(f"{name} {milliseconds:.3f} ms" for name, milliseconds in times.items())
+        logger.info(f"experts' kernels: {best}; forward and backward take {figures} ({shape}; kept in {path})")
+    _write(path, stored | {key: {"backend": best, "milliseconds": times}})
     return best
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
-    """What was measured before; nothing where the file is damaged."""
+def _read(path: Path) -> dict[str, object]:
+    """What was chosen before; nothing where the file is damaged. It is no reason to end a run."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (OSError, ValueError):
         content = None
-    if isinstance(content, dict) and all(map(_is_sound, content.values())):
+    if isinstance(content, dict):
         return content
-    logger.warning(f"{path} is damaged: experts' kernels are measured again")
+    logger.warning(f"{path} cannot be read: experts' kernels are measured again")
     return {}
 
 
-def _is_sound(times: object) -> bool:
-    if not isinstance(times, dict) or times.keys() != set(CANDIDATES):
-        return False
-    return all(isinstance(time, float) and time > 0 for time in times.values())
+def _write(path: Path, content: dict[str, object]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # other runs may share the folder
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        logger.warning(f"the choice of experts' kernels is not kept: {error}")
 
 
-def _write(path: Path, content: dict[str, dict[str, float]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-def measure(shape: Shape, device: torch.device) -> dict[str, float] | None:
-    """Milliseconds of a layer's experts by candidate, medians; None where memory does not suffice.
+def measure(shape: Shape, device: torch.device) -> dict[str, float]:
+    """Milliseconds of a layer's experts by candidate, medians; none where one of them cannot run.
 
     Leaves no trace in memory, nor in the allocator's peaks and counts of failures.
     """
     try:
         with trial():
             times = _take_turns(shape, device)
-    except torch.OutOfMemoryError:
-        times = None
+    # Too little memory, or a kernel that does not compile: other ranks wait, and a rule can choose.
+    except Exception as error:
+        logger.warning(f"experts' kernels are chosen by rule, for they could not be measured ({shape}): {error}")
+        times = {}
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.reset_accumulated_memory_stats(device)

@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> int:
         keep_freed_memory()
     try:
         config = load_config(argv)
-        for line in unused_sections(config) if world.rank == 0 else ():
-            logger.warning(line)
+        if world.rank == 0:
+            for line in unused_sections(config):
+                logger.warning(line)
         if config.comm.mode == "fake_backend":
             for line in dry_run(config, world_size_asked_for()):
                 logger.info(line)

@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--top", type=int, default=0, help="also list what takes the most time, so many rows")
-    parser.add_argument("--json", type=Path, help="write the sums there, and on what machine they were made")
+    parser.add_argument("--json", type=Path, help="write the sums there, with the machine that summed them")
     options = parser.parse_args()
     found = {str(trace): breakdown(trace) for trace in options.traces}
     print(breakdown_table(found))

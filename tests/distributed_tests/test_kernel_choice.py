@@ -80,13 +80,13 @@ SETTLED = {
 
 def test_nothing_is_measured_where_nothing_is_open(tmp_path):
     common = SETTINGS | {"job.dump_folder": tmp_path}
-    dense = {key: value for key, value in COMMON.items()} | {"job.dump_folder": tmp_path}
+    dense = COMMON | {"job.dump_folder": tmp_path}
     runs = [
         (dense if names == set() else common) | changes for changes, names in SETTLED.values()
     ]
     [found] = run_ranks(backends, 1, runs, timeout=120)
     assert dict(zip(SETTLED, found, strict=True)) == {
-        name: (backends, 0) for name, (_, backends) in SETTLED.items()
+        name: (names, 0) for name, (_, names) in SETTLED.items()
     }
     [found] = run_ranks(backends, 1, [common], False)
     assert found == [({"auto"}, 0)]  # on a CPU

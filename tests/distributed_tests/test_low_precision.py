@@ -127,7 +127,7 @@ def test_gradients_equal_one_process(references, recipe, layout):
         assert rank[3] == ranks[0][3] == pytest.approx(norm, rel=1e-6)
         assert rank[2] == pytest.approx(loss, rel=1e-6)
         assert all(torch.equal(rank[0][name], weight) for name, weight in weights.items())
-        assert max(errors(rank, reference).values()) < 1e-5
+        assert all(error < 1e-5 for error in errors(rank, reference).values())
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
@@ -139,7 +139,7 @@ def test_one_scale_a_tensor_is_as_near_as_rounding(references, exact, recipe, la
     assert all(found[name] < 2 * allowed[name] for name in found), (found, allowed)
     assert ours[2] == pytest.approx(reference[2], rel=1e-4)
     if recipe == "tensorwise" and layout.startswith("tp2"):
-        assert max(found.values()) < 1e-5  # DTensor finds the scale of the whole
+        assert all(error < 1e-5 for error in found.values())  # DTensor finds the scale of the whole
 
 
 def graphs_and_gradients(config):
@@ -162,7 +162,7 @@ def test_compiled_blocks_multiply_the_same_and_share_one_graph(name):
     plain = run_ranks(gradients, 2, MODEL, use(job(tp=TP2)))[0]
     compiled = use(job(tp=TP2, compiled=True, ac="selective", selective_ac_option="op"))
     ours, num_graphs = run_ranks(graphs_and_gradients, 2, compiled, timeout=180)[0]
-    assert max(errors(ours, plain).values()) < 1e-5
+    assert all(error < 1e-5 for error in errors(ours, plain).values())
     assert num_graphs == 2  # blocks, and the loss of split logits
 
 

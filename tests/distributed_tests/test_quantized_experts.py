@@ -87,7 +87,7 @@ def references():
 def test_one_process_rounds_but_not_much(exact, references):
     for mine, theirs in zip(references, exact, strict=True):
         found = errors(mine, theirs)
-        assert 1e-2 < max(found.values()) < 0.12  # seen: 0.08
+        assert max(found.values()) > 1e-2 and all(error < 0.12 for error in found.values())  # seen: 0.08
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -112,7 +112,7 @@ def test_rows_sent_as_float8_are_what_experts_would_round_them_to(references, na
             found = errors(rank[i], references[i])
             rounded = {key for key, error in found.items() if error > 1e-5}
             assert all("experts.b" in key or "gate" in key for key in rounded), found
-            assert max(found.values()) < 0.06  # seen: 0.026
+            assert all(error < 0.06 for error in found.values())  # seen: 0.026
 
 
 def test_exact_weight_gradients_and_chunks_equal_one_process():
@@ -134,7 +134,7 @@ def test_mx_equals_one_process():
     for i, reference in enumerate(alone):
         for rank in ranks:
             found = errors(rank[i], reference)
-            assert max(found.values()) < 1e-5, max(found, key=found.get)
+            assert all(error < 1e-5 for error in found.values()), found
 
 
 ODD = [replace(model, seq_len=7) for model in MODELS]
@@ -172,4 +172,4 @@ def test_an_odd_number_of_tokens_equals_one_process(use):
                 assert torch.equal(own_load, load)  # each rank has all tokens
                 if sent_as is use or i == 0:  # others have biases, or score before experts
                     found = errors(gradients, reference)
-                    assert max(found.values()) < 1e-5, (size, i, max(found, key=found.get))
+                    assert all(error < 1e-5 for error in found.values()), (size, i, found)

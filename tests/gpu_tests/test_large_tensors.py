@@ -71,18 +71,20 @@ def test_experts_multiply(x):
     b = torch.randn(2, WIDTH, 256, device="cuda", dtype=torch.bfloat16) / 64
     assert_close(products.rows(x, b, counts)[-LAST:], x[-LAST:].double() @ b[1].double())
 
-    here = torch.arange(ROWS, device="cuda")
+    here = torch.arange(ROWS, dtype=torch.int32, device="cuda")
     found = products.weights(short, here, x, counts)[1]
     assert_close(found, short[-LAST:].double().T @ x[-LAST:].double())
 
 
 def test_losses_of_many_logits():
-    from torchtitan.ops.triton_loss import cross_entropy_
+    from torchtitan.ops.triton_loss import cross_entropy_, scaled
 
     logits = torch.randn(2**15 + LAST, 2**16, device="cuda", dtype=torch.bfloat16)
     labels = torch.randint(2**16, (len(logits),), device="cuda")
     expected = F.cross_entropy(logits[-LAST:].float(), labels[-LAST:], reduction="none")
     assert_close(cross_entropy_(logits, labels)[-LAST:], expected)
+    factor = torch.tensor(0.3, device="cuda")
+    assert torch.equal(scaled(logits, factor, torch.bfloat16)[-LAST:], (logits[-LAST:].float() * factor).bfloat16())
 
 
 def test_logits_are_read_and_gradients_written_as_float8():

@@ -50,7 +50,7 @@ def operands(counts, unused=37):
     """x (T, D), index (R,), counts, scores (R,), and the expert of each row; R has `unused` more."""
     num_rows = sum(counts) + unused
     x = torch.randn(97, DIM, device=DEVICE).to(DTYPE)
-    index = torch.randint(97, (num_rows,), device=DEVICE)
+    index = torch.randint(97, (num_rows,), dtype=torch.int32, device=DEVICE)
     scores = torch.rand(num_rows, device=DEVICE)
     experts = torch.arange(len(counts), device=DEVICE)
     counts = torch.tensor(counts, device=DEVICE)
@@ -138,7 +138,7 @@ def test_weights(counts, transposed):
     used = len(experts)
     b = torch.randn(len(index), HIDDEN, device=DEVICE).to(DTYPE)
     b[used:] = float("nan")
-    index[used:] = 10**12  # nothing may look there
+    index[used:] = 2**31 - 1  # nothing may look there
     out = weights(x, index, b, counts, transposed)
     rows = x[index[:used]].double()
     exact = torch.stack(

@@ -50,7 +50,7 @@ def test_the_faster_one_is_chosen_and_said(times, best, path, monkeypatch, caplo
     assert line == (
         f"experts' kernels: {best}; forward and backward take fused {times['fused']:.3f} ms, unfused "
         f"{times['unfused']:.3f} ms (4 experts of width 64 x 32, 6 tokens x 2, swiglu, weighted, gathered; "
-        f"written to {path})"
+        f"kept in {path})"
     )
 
 
@@ -91,36 +91,46 @@ DAMAGED = {
     "cut off": lambda text: text[:-5],
     "not text": lambda text: b"\xff\xfe",
     "no table": lambda text: "[]",
-    "no times": lambda text: json.dumps(dict.fromkeys(json.loads(text))),
-    "one time": lambda text: text.replace('"fused"', '"other"'),
-    "no time": lambda text: text.replace("1.75", "NaN"),
+    "no choice": lambda text: json.dumps(dict.fromkeys(json.loads(text))),
+    "another choice": lambda text: text.replace('"backend": "unfused"', '"backend": "other"'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_measured_again(damage, path, monkeypatch, caplog):
+def test_a_damaged_file_is_measured_again(damage, path, monkeypatch):
     measures(monkeypatch, UNFUSED)
     faster(SHAPE, CPU, path)
     content = damage(path.read_text())
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     again = measures(monkeypatch, FUSED)
     assert faster(SHAPE, CPU, path) == "fused" and again == [SHAPE]
-    assert f"{path} is damaged" in caplog.text
     assert faster(SHAPE, CPU, path) == "fused" and again == [SHAPE]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_too_little_memory_leaves_the_rule_and_is_tried_again(path, monkeypatch, caplog):
-    def out_of_memory(shape, device):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), ValueError("no such kernel")])
+def test_what_cannot_be_measured_leaves_the_rule_for_good(error, path, monkeypatch, caplog):
+    def fail(shape, device):
+        raise error
 
-    monkeypatch.setattr(kernel_choice, "_take_turns", out_of_memory)
+    monkeypatch.setattr(kernel_choice, "_take_turns", fail)
     for name in ("empty_cache", "reset_peak_memory_stats", "reset_accumulated_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *device: None)
     assert faster(SHAPE, CPU, path) == "auto"
-    assert "too little memory" in caplog.text and not path.exists()
+    assert f"could not be measured ({SHAPE}): {error}" in caplog.text
+    again = measures(monkeypatch, UNFUSED)
+    assert faster(SHAPE, CPU, path) == "auto" and not again
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_file_that_cannot_be_used_ends_no_run(where, path, monkeypatch, caplog):
+    if where == "file":
+        path.mkdir(parents=True)
+    else:
+        path.parent.write_text("not a folder")
     measures(monkeypatch, UNFUSED)
     assert faster(SHAPE, CPU, path) == "unfused"
+    assert "is not kept" in caplog.text
 
 
 @pytest.mark.parametrize("weighted, gathered", [(True, True), (True, False), (False, False)])

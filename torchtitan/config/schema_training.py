@@ -30,6 +30,11 @@ class Model:
     print_after_conversion: bool = False
     """Print the module tree after the converters have run."""
 
+    @property
+    def quantizes_experts(self) -> bool:
+        """Whether a converter lets experts multiply in few bits."""
+        return any(name.startswith("quantize.grouped_mm") for name in self.converters)
+
 
 @dataclass(frozen=True)
 class MoE:

@@ -129,7 +129,7 @@ def _scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.
         from torchtitan.ops import triton_loss  # PyTorch for CPUs comes without Triton
 
         return triton_loss.scaled(x, factor, dtype)
-    return torch.mul(x, factor.view(1), out=torch.empty_like(x, dtype=dtype))
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 def _chunk_size(weight: torch.Tensor, multiple: int) -> int:

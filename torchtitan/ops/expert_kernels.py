@@ -40,7 +40,7 @@ class Gathered(NamedTuple):
     x: torch.Tensor
     """(T, K)"""
     index: torch.Tensor
-    """(R,) int64; -1 is a row of zeros."""
+    """(R,) of integers; -1 is a row of zeros."""
 
 
 def gather(rows: Gathered | torch.Tensor) -> torch.Tensor:

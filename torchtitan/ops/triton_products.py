@@ -3,7 +3,7 @@
 T tokens, R rows sorted by expert, e experts, D model, F expert width, M, N and K widths. What is gathered
 while it is multiplied is never written, and z and d_z are gated where their sums lie: that, not the
 product, is what these win. Tensors are contiguous unless said, widths multiples of `BLOCK`, indices
-int64 and of rows that exist; sums are in fp32. Imported on first use on a GPU: PyTorch for CPUs comes
+of rows that exist; sums are in fp32. Imported on first use on a GPU: PyTorch for CPUs comes
 without Triton.
 """
 

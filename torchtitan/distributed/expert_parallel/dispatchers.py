@@ -29,7 +29,7 @@ def check_comm_backend(config: JobConfig, device: torch.device, world_size: int)
         return
     if config.parallelism.expert_parallel_degree == 1:
         reason = "carries tokens to experts on other ranks, and expert_parallel_degree is 1."
-    elif any(name.startswith("quantize.grouped_mm") for name in config.model.converters):
+    elif config.model.quantizes_experts:
         reason = "does not align rows as quantized experts need (model.converters)."
     elif device.type != "cuda":
         reason = "needs GPUs; this machine trains on its CPU."

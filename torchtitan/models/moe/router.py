@@ -39,8 +39,8 @@ def score(config: MoEConfig, logits: torch.Tensor) -> torch.Tensor:
 class TokenChoiceTopKRouter(nn.Module):
     """Each token takes the K experts of the best scores.
 
-    `replay`, ids (T, K) int64, takes the place of the choice; where `record` is a list, every
-    forward appends what it would choose itself, recomputations included.
+    `replay`, ids (T, K) int64 that differ within a token, takes the place of the choice; where `record`
+    is a list, every forward appends what it would choose itself, recomputations included.
     """
 
     def __init__(self, dim: int, config: MoEConfig, init_std: float):
