@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger("torchtitan")
 
@@ -15,3 +17,14 @@ def init_logger() -> None:
     handler.setFormatter(logging.Formatter(f"[titan] %(asctime)s %(levelname)s{rank} %(message)s"))
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+
+
+@contextmanager
+def quiet(which: logging.Logger, level: int) -> Iterator[None]:
+    """What this logger has to say below `level` is not said meanwhile."""
+    before = which.level
+    which.setLevel(level)
+    try:
+        yield
+    finally:
+        which.setLevel(before)

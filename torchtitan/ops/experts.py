@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from torchtitan.logging import logger
+from torchtitan.logging import logger, quiet
 from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
 from torchtitan.ops.rows import invert_rows, sum_rows
@@ -279,12 +279,10 @@ def _say(name: str, dtype: torch.dtype, hidden: int, dim: int) -> None:
 @contextmanager
 def trial() -> Iterator[None]:
     """Around kernels that are only tried: what a run multiplies by is said once it does."""
-    level = logger.level
-    logger.setLevel(logging.WARNING)
     try:
-        yield
+        with quiet(logger, logging.WARNING):
+            yield
     finally:
-        logger.setLevel(level)
         _say.cache_clear()
 
 
