@@ -121,14 +121,6 @@ def step_of(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callab
     return lambda: torch.autograd.grad(layer(x), leaves, upstream)
 
 
-def in_a_row(work: Callable[[], object]) -> Callable[[], None]:
-    def several() -> None:
-        for _ in range(IN_A_ROW):
-            work()
-
-    return several
-
-
 def saved_mib(layer: nn.Module, x: torch.Tensor) -> float:
     """Memory that one forward keeps for backward, besides weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -219,8 +211,7 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     works |= build_products(moe, counts, args)
     options = {"rounds": args.rounds, "repeats": args.repeats}
     times = take_turns(works, args.device, warm_up=args.warm_up, **options)
-    several = {variant: in_a_row(work) for variant, work in works.items()}
-    times_in_a_row = take_turns(several, args.device, warm_up=0, **options)
+    times_in_a_row = take_turns(works, args.device, warm_up=0, in_a_row=IN_A_ROW, **options)
     with torch.no_grad():
         expected = PlainMoE(moe, config)(x).double()
     operations = 18 * args.tokens * config.top_k * shape["dim"] * config.ffn_dim
@@ -229,7 +220,7 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
     results = []
     for variant, work in works.items():
         layer = layers.get(variant)
-        alone, ms = Spread.of(times[variant]), Spread.of(times_in_a_row[variant]).scaled(1 / IN_A_ROW)
+        alone, ms = Spread.of(times[variant]), Spread.of(times_in_a_row[variant])
         result = about | {"variant": variant, "ms": ms, "ms_alone": alone}
         result["tflops"] = operations / ms.median / 1e9
         if layer is not None:
