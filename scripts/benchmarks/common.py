@@ -106,6 +106,9 @@ class Spread:
         tenths = statistics.quantiles(values * 2 if len(values) == 1 else values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[0], tenths[-1])
 
+    def plus(self, term: float) -> "Spread":
+        return Spread(*(value + term for value in (self.median, self.low, self.high)))
+
     def scaled(self, factor: float) -> "Spread":
         return Spread(*(factor * value for value in (self.median, self.low, self.high)))
 

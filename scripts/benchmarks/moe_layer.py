@@ -7,9 +7,11 @@
 
 T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
 forward and backward, 18 * T * K * D * F operations, in a row: eight steps between two events, where a
-step's launches hide behind the step before, as in training; alone, one. "products" is these grouped GEMMs
-alone, with the loads that the layer's router gives, "dense" the same work as dense products: ceilings of
-this machine, measured in the same run. "unfused" gathers and gates between products, also where a GPU has
+step's launches hide behind the step before, as in training; alone, one; rested, one whose
+launches are hidden, after a pause: a GPU that multiplies in a row lowers its clock to keep its power.
+"products" is these grouped GEMMs alone, with the loads that the layer's router gives, "dense" the same
+work as dense products: ceilings of this machine, measured in the same run. "floor" is products and the
+bytes that no layer can spare beside them, at the speed of a copy. "unfused" gathers and gates between products, also where a GPU has
 kernels that do so inside. "plain" has separate gate and up products and a scatter-add combine,
 "transformers" is that library's Qwen3-MoE block with its grouped_mm experts, of any shape's sizes, and
 "liger" the fused Triton experts of liger-kernel (a pure wheel; 0.8.5 is what was read). All have the same
@@ -23,6 +25,7 @@ after the table, what a variant's time is made of by the profiler.
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +33,7 @@ from common import (
     Spread,
     ceilings,
     grouped_products,
+    milliseconds,
     peak_gib,
     pick_device,
     record,
@@ -60,6 +64,8 @@ LAYERS = (
     "transformers compiled", "products", "dense",
 )  # fmt: skip
 IN_A_ROW, RECORDED, MOST_KERNELS = 8, 5, 30
+PAUSE, IDLE_CYCLES, RESTED_STEPS = 0.1, 30_000_000, 11
+"""Seconds before each of so many steps of a GPU that is rested, and cycles in which their launches are made."""
 
 
 def float8_products_alone(
@@ -119,6 +125,29 @@ def build(shape: dict[str, int], routing: str, args: argparse.Namespace) -> tupl
 def step_of(layer: nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> Callable[[], object]:
     leaves = [x, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(x), leaves, upstream)
+
+
+def rested(work: Callable[[], object], device: str) -> Spread | None:
+    """Milliseconds of one step, without its launches, on a GPU that did nothing before; None on a CPU."""
+    if device == "cpu":
+        return None
+    times = []
+    for _ in range(RESTED_STEPS):
+        time.sleep(PAUSE)
+        torch.cuda._sleep(IDLE_CYCLES)  # no public name; torch 2.11 and 2.13
+        times.append(milliseconds(work, device))
+    return Spread.of(times)
+
+
+def bytes_beside_products(config: MoEConfig, dim: int, num_tokens: int) -> int:
+    """What a layer moves at least, forward and backward, in bf16, beside what its grouped products do.
+
+    A row of T * K: each token's sum reads D, both ways. Gating writes the activation, F, forward, and again
+    backward, where it reads z, 2F, and writes its gradient, 2F, in place of the product's F: 5F in all. A
+    token: D of either sum written, and read twice by the router's products.
+    """
+    num_rows = num_tokens * config.top_k
+    return 2 * (num_rows * (2 * dim + 5 * config.ffn_dim) + num_tokens * 4 * dim)
 
 
 def saved_mib(layer: nn.Module, x: torch.Tensor) -> float:
@@ -197,7 +226,7 @@ def loads_of(moe: MoE, config: MoEConfig, x: torch.Tensor) -> torch.Tensor:
     return count_tokens(chosen, config.num_experts)
 
 
-def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
+def measure(name: str, routing: str, args: argparse.Namespace, copy_tb_per_s: float) -> list[dict]:
     shape = {key: getattr(args, key) or value for key, value in SHAPES[name].items()}
     moe, config = build(shape, routing, args)
     generator = torch.Generator(device=args.device).manual_seed(0)
@@ -227,9 +256,15 @@ def measure(name: str, routing: str, args: argparse.Namespace) -> list[dict]:
             error = (layer(x).detach().double() - expected).norm() / expected.norm()
             result |= {"peak_gib": peak_gib(work, args.device), "saved_mib": saved_mib(layer, x)}
             result["difference"] = error.item()
+        if variant in args.rested:
+            result["ms_rested"] = rested(work, args.device)
         if variant in args.kernels:
             result["kernels"] = kernels_of(work, args.device)
         results.append(result)
+        if variant == "products":
+            passes = bytes_beside_products(config, shape["dim"], args.tokens) / copy_tb_per_s / 1e9
+            floor = about | {"variant": "floor", "ms": ms.plus(passes)}
+            results.append(floor | {"tflops": operations / floor["ms"].median / 1e9})
     return results + [about | {"variant": variant, "missing": why} for variant, why in missing.items()]
 
 
@@ -249,13 +284,15 @@ def print_results(results: list[dict]) -> None:
         loads = f"{r['routing']}, {r['busiest_expert']:.2f}"
         cells = [r["shape"], loads, r["variant"]]
         if "missing" in r:
-            rows.append([*cells, r["missing"], *[None] * 5])
+            rows.append([*cells, r["missing"], *[None] * 6])
             continue
-        cells += [format(r["ms"], ".2f"), f"{r['tflops']:.4g}", format(r["ms_alone"].median, ".2f")]
+        cells += [format(r["ms"], ".2f"), f"{r['tflops']:.4g}"]
+        for key in ("ms_alone", "ms_rested"):
+            cells.append(format(r[key].median, ".2f") if r.get(key) is not None else None)
         for key, form in {"peak_gib": ".2f", "saved_mib": ".1f", "difference": ".1e"}.items():
             cells.append(format(r[key], form) if r.get(key) is not None else None)
         rows.append(cells)
-    headings = ("shape", "routing, busiest expert", "layer", "ms", "TFLOP/s", "ms alone")
+    headings = ("shape", "routing, busiest expert", "layer", "ms", "TFLOP/s", "ms alone", "rested")
     print(table([*headings, "peak GiB", "saved MiB", "vs plain"], rows))
     print("The busiest expert's tokens are over the mean of all; products have the same loads.")
     for r in results:
@@ -280,6 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", choices=float8, default=[])
     parser.add_argument("--no_compile", action="store_true", help="leave out what is compiled")
     parser.add_argument("--kernels", nargs="+", default=[], metavar="LAYER", help="sums by the profiler")
+    parser.add_argument("--rested", nargs="+", default=[], metavar="LAYER", help="after pauses, too")
     parser.add_argument("--warm_up", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
@@ -288,8 +326,8 @@ def arguments() -> argparse.Namespace:
     if args.no_compile:
         args.layers = [name for name in args.layers if not name.endswith(COMPILED)]
     measured = {*args.layers, *(name for name in args.kernels if name.startswith(tuple(args.recipes)))}
-    if unknown := set(args.kernels) - measured:
-        parser.error(f"--kernels: not measured: {', '.join(sorted(unknown))}")
+    if unknown := {*args.kernels, *args.rested} - measured:
+        parser.error(f"--kernels, --rested: not measured: {', '.join(sorted(unknown))}")
     return args
 
 
@@ -300,7 +338,7 @@ def main() -> None:
     results = []
     for shape in args.shapes:
         for routing in args.routing:
-            results += measure(shape, routing, args)
+            results += measure(shape, routing, args, found["copy_tb_per_s"])
             torch.compiler.reset()
     print_results(results)
     write_report(args.json, args.device, ceilings=found, results=results)

@@ -196,6 +196,7 @@ def summary(run: Run, num_steps: int) -> dict[str, object]:
         "mfu_causal_attention": spread("mfu_causal_attention"),
         "memory_gib": records[-1]["memory"],
         "loss": records[-1]["loss"],
+        "losses": [record["loss"] for record in run.records],
         "seconds_to_first_step": run.seconds_to_ready,
     }
 
