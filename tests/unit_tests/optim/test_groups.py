@@ -49,6 +49,8 @@ def test_the_first_table_that_matches_counts_and_one_without_decay_leaves_it():
     ]
     config = replace(CONFIG, groups=tables, no_decay=["*.bias", "tok_embeddings.*"])
     check_optimizer(config, NUM_DIMS)
+    without = [{"patterns": "*", "weight_decay": 0.0}]
+    assert {decay for decay, _ in settings(replace(config, groups=without)).values()} == {0.0}
     assert settings(config) == {
         "tok_embeddings.weight": (0.75, 1.0),
         "layers.0.norm.weight": (0.25, 0.25),

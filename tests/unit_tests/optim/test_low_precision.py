@@ -194,6 +194,20 @@ def test_parameters_draw_apart():
     assert not torch.equal(params["a"], params["b"])
 
 
+def test_steps_draw_apart():
+    """The same weight, gradient and moments' ratio twice: bits used again would round the same way."""
+    param = nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    config = replace(ROUNDED, lr=2.0**-9, weight_decay=0.0, beta1=0.0, beta2=0.0, eps=0.0)
+    optimizer, found = build_optimizer([("w", param)], config), []
+    for _ in range(2):
+        param.data.fill_(1.0)
+        optimizer.step()
+        found.append(param.tolist())
+    assert all(set(after) == {1.0, 1.0 - 2.0**-8} for after in found)
+    assert found[0] != found[1]
+
+
 def test_what_is_used_is_told():
     params = {"w": make(torch.bfloat16)["large"]}
     config = replace(EIGHT, bf16_stochastic_round=True)

@@ -61,6 +61,7 @@ def test_every_family_has_its_linear_layers_converted(family, name):
     heads = int(name == FLOAT8 and family != "qwen3")  # whose debug model's is tied
     assert len(done.converted) == count + heads and ("output" in done.converted) == heads
     assert {layer for layer in done.left if layer.endswith("router.gate")} == set(list(done.left)[:routers])
+    assert set(list(done.left.values())[:routers]) <= {"routers choose in high precision"}
     assert list(done.left)[routers:] == ["output"][heads:]
     kinds = {type(model.get_submodule(layer)).__name__ for layer in done.converted[:count]}
     assert kinds == {"Float8Linear" if name == FLOAT8 else "MXLinear"}
@@ -187,6 +188,24 @@ def test_a_filter_of_nothing_is_refused_with_the_nearest_name():
 def test_unknown_recipes_are_refused_with_those_there_are():
     [fault] = refused(f"--model.converters={MX}", f"--{MX}.recipe_name=mxfp8_cubals")
     assert 'Did you mean "mxfp8_cublas"? Known: mxfp8_cublas, mxfp8_cublas_rceil,' in fault
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "more", "pads"),
+    [
+        (16, [], False),
+        (17, [], True),
+        (16, ["--parallelism.tensor_parallel_degree=2"], True),
+        (32, ["--parallelism.tensor_parallel_degree=2"], False),
+        (16, ["--parallelism.context_parallel_degree=2"], True),
+        (8, ["--training.local_batch_size=2"], False),
+        (8, ["--training.local_batch_size=2", "--parallelism.pipeline_parallel_degree=2"], True),
+    ],
+)
+def test_tokens_are_padded_where_float8_products_over_them_need_it(seq_len, more, pads):
+    argv = ["--training.local_batch_size=1", f"--training.seq_len={seq_len}", *more]
+    model, _ = converted(*argv, f"--model.converters={FLOAT8}")
+    assert model.layers["0"].attention.wq.config.pad_inner_dim == pads
 
 
 @pytest.mark.parametrize(("shards", "expected"), [(2, 0), (3, 1)])
