@@ -103,8 +103,9 @@ def test_step_floor(tmp_path):
     assert [(r["case"], r["joined"]) for r in report["cases"]] == [("debug:1", False), ("debug:1", True)]
     for r in report["cases"]:
         moved = sum(r["bytes"].values())  # the model has one layer
-        assert r["floor_ms"] == pytest.approx(r["ms"]["both"]["median"] + moved / speed)
-        assert r["floor_tokens_per_second"] == pytest.approx(4e3 / r["floor_ms"])
+        floor = r["floor_ms"]["median"]
+        assert floor == pytest.approx(r["ms"]["both"]["median"] + moved / speed)
+        assert r["floor_tokens_per_second"] == pytest.approx(4e3 / floor)
     backends = {r["backend"]: "ms" in r for r in report["attention"]}
     assert backends.keys() == {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
     assert backends["FLASH_ATTENTION"]
