@@ -6,9 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.integration_tests.run_tests import REPO
 from torchtitan.config.manager import load_config
+from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.flops import flops_per_token
 
 BENCHMARKS = REPO / "scripts" / "benchmarks"
 
@@ -89,6 +94,102 @@ def test_variants_with_experts_in_float8(monkeypatch, variant, converters, recip
     assert (linear.recipe_name, experts.recipe_name) == recipes
     assert (experts.fqns, experts.exchange_in_float8) == (["experts"], exchange)
     assert config.compile.enable and not linear.filter_fqns
+
+
+def test_step_floor(tmp_path):
+    sizes = ["--seq-len=4", "--in-a-row=1", "--rounds=1", "--repeats=1"]
+    report = report_of("step_floor", tmp_path, "debug:1", *sizes)
+    speed = 1e9 * report["ceilings"]["copy_tb_per_s"]  # bytes a millisecond
+    assert [(r["case"], r["joined"]) for r in report["cases"]] == [("debug:1", False), ("debug:1", True)]
+    for r in report["cases"]:
+        moved = sum(r["bytes"].values())  # the model has one layer
+        floor = r["floor_ms"]["median"]
+        assert floor == pytest.approx(r["ms"]["both"]["median"] + moved / speed)
+        assert r["floor_tokens_per_second"] == pytest.approx(4e3 / floor)
+    backends = {r["backend"]: "ms" in r for r in report["attention"]}
+    assert backends.keys() == {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
+    assert backends["FLASH_ATTENTION"]
+
+
+@pytest.mark.parametrize("case", ["l1b", "l1b:0", "q6:1", "some:1"])
+def test_floors_are_of_dense_models(monkeypatch, case):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from step_floor import parse
+
+    with pytest.raises(ValueError, match=f"^{case}: a case is model:sequences, with a model of l1b, "):
+        parse(case)
+
+
+TINY = DecoderConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=40, vocab_size=50, seq_len=8)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_floors_products_are_the_models(monkeypatch, joined):
+    """What is run costs 6 FLOPs a token and weight, and with attention what training reports."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step_parts
+
+    kind = {"device": "cpu", "dtype": torch.float32}
+    sizes = step_parts.linear_sizes(TINY, joined)
+    linears = [[step_parts.Linear(16, *size, **kind) for size in part] for part in sizes]
+    copied = []
+    monkeypatch.setattr(step_parts.Passes, "copy", lambda _, size: copied.append(8 * size))
+    moved = step_parts.fewest_bytes(TINY, 16, joined)
+    passes = step_parts.Passes(moved, "cpu")
+    attention, head = step_parts.Attention(TINY, 2, 8, **kind), step_parts.head(TINY, 16, **kind)
+    works = step_parts.steps(TINY, attention, head, passes, linears)
+    with FlopCounterMode(display=False) as counter:
+        works["products"]()
+    model = TINY.build()
+    embedding = model.tok_embeddings.weight
+    matrices = [w for w in model.parameters() if w.dim() == 2 and w is not embedding]
+    done = step_parts.operations(TINY, 16, 8)
+    assert counter.get_total_flops() == done["products"] == 6 * 16 * sum(w.numel() for w in matrices)
+    assert done["both"] == done["products"] + done["attention"] == 16 * flops_per_token(TINY, 8)[1]
+    assert not copied
+    works["in one go"]()
+    of_layers = [moved["forward"]] * 2, [moved["backward"]] * 2
+    assert copied == [*of_layers[0], moved["loss"], *of_layers[1], moved["optimizer"]]
+    assert not attention.outs
+
+
+def test_a_floors_bytes_are_those_of_the_models_tensors(monkeypatch):
+    """Counted once more, by the tensors that the model itself makes."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from step_parts import fewest_bytes
+
+    model = TINY.build().bfloat16()
+    model.fill_buffers(torch.device("cpu"))
+    of = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name: of.update({name: (args[0], out)}))
+    logits = model(torch.zeros(2, 8, dtype=torch.long))
+    first, second = "layers.0.", "layers.1."
+    linears = ("attention.wq", "attention.wk", "feed_forward.w1", "feed_forward.w3")
+    q, k, gate, up = (of[first + name][1] for name in linears)
+    h, from_ffn = of[f"{first}feed_forward.w2"]
+    x, normed = of[f"{first}attention_norm"]
+    middle, normed_middle = of[f"{first}ffn_norm"]
+    out, normed_out = of[f"{second}attention_norm"]
+    forward = [x, of[f"{first}attention.wo"][1], middle, normed_middle, middle, from_ffn, out, normed_out]
+    forward += [q, k, q, k, gate, up, h]
+    # Gradients are as large as what they are of.
+    backward = [normed_middle, middle, out, middle, normed, x, middle, x]
+    backward += [q, k, q, k, h, gate, up, gate, up]
+    inputs = [
+        of[first + name][0]
+        for name, module in model.layers["0"].named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    kinds = {x.data_ptr(): x for x in inputs}.values()
+    assert (len(inputs), len(kinds)) == (7, 4)
+    more = sum(x.nbytes for x in inputs) - sum(x.nbytes for x in kinds)
+    counted, joined = (fewest_bytes(TINY, 16, joined) for joined in (False, True))
+    assert counted["forward"] == joined["forward"] == sum(x.nbytes for x in forward)
+    assert counted["backward"] == joined["backward"] + more == sum(x.nbytes for x in backward) + more
+    assert counted["loss"] == 2 * logits.nbytes
+    # fp32 weight and moments, bf16 copy; the same before, with a gradient for the copy; that for the norm.
+    assert counted["optimizer"] == sum((14 + 14 + 2) * w.numel() for w in model.parameters())
 
 
 def test_moe_layer(tmp_path):
