@@ -21,6 +21,7 @@ from torchtitan.preemption import EXIT_START_AGAIN, StopRequest
 from torchtitan.preflight import prepare, prepare_again, report, world_size_asked_for
 from torchtitan.quantization.converters import unused_sections
 from torchtitan.reproducibility import make_deterministic
+from torchtitan.run_lock import hold_folder
 from torchtitan.trainer import Trainer
 
 
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
                 logger.info(line)
             return 0
         setup = prepare(config, world.size, device)
+        if world.rank == 0:
+            hold_folder(config.job.dump_folder)
     except ConfigError as error:
         if world.rank == 0:
             report(error, argv)
