@@ -37,7 +37,7 @@ def waits(work):
         torch.cuda.set_sync_debug_mode("warn")
         result = work()
         torch.cuda.set_sync_debug_mode("default")
-    return result, sum("synchronizing" in str(warning.message) for warning in said)
+    return result, sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
 
 
 def kernels(work):
