@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from torchtitan.checkpoint.find import Progress
 from torchtitan.config.manager import save_toml, to_json
-from torchtitan.config.schema import JobConfig
+from torchtitan.config.schema import JobConfig, Training
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.model_parts import ModelParts
@@ -38,6 +39,23 @@ def save_config(config: JobConfig) -> None:
         path = dump_folder / config.job.save_config_file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_json(config))
+
+
+def data_names(training: Training) -> list[str | None]:
+    """What a data position is one of, as checkpoints keep it."""
+    return [training.dataset, training.dataset_path]
+
+
+def moved_data(training: Training, progress: Progress) -> str:
+    """A warning where a run reads on from a position in data of another name; else nothing."""
+    before, now = progress.get("data", data_names(training)), data_names(training)
+    if "slots" not in progress or before == now:
+        return ""
+    said = [" at ".join(filter(None, names)) for names in (before, now)]
+    return (
+        f"the checkpoint's data position is one in {said[0]}, and this run reads {said[1]} from there on: right if "
+        "that is the same data. checkpoint.exclude_from_loading = ['dataloader'] begins the data anew."
+    )
 
 
 def describe(

@@ -1,0 +1,26 @@
+"""What a run settles when it starts."""
+
+import pytest
+
+from torchtitan.config.schema import Training
+from torchtitan.run_record import data_names, moved_data
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (Training(dataset="c4_test"), Training(dataset="c4_test"), ""),
+        (Training(dataset="a.txt"), Training(dataset="b.txt"), "one in a.txt, and this run reads b.txt"),
+        (
+            Training(dataset="c4_test", dataset_path="/old"),
+            Training(dataset="c4_test", dataset_path="/new"),
+            "one in c4_test at /old, and this run reads c4_test at /new",
+        ),
+    ],
+)
+def test_a_position_in_other_data_is_warned_of(before, now, said):
+    progress = {"slots": {}, "data": data_names(before)}
+    warning = moved_data(now, progress)
+    assert said in warning and bool(warning) == bool(said)
+    # Not where the data begins anew, nor where an older checkpoint does not know.
+    assert not moved_data(now, {"data": data_names(before)}) and not moved_data(now, {"slots": {}})
