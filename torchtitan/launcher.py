@@ -48,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_CONFIG
     own_log_dir = None if args.log_dir else tempfile.mkdtemp(prefix="torchtitan_logs_")
     args.log_dir = args.log_dir or own_log_dir
+    if sys.stderr.isatty():
+        os.environ.setdefault("FORCE_COLOR", "1")  # ranks write to pipes
     # torchrun would kill ranks that still save 30 s after it has passed a signal on.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     told: list[int] = []

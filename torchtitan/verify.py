@@ -284,6 +284,8 @@ def _routing_line(layer: LayerRouting) -> str:
 def main(argv: Sequence[str]) -> int:
     """Verify the layout that `argv` describes; 0 equal, 1 wrong, 2 refused."""
     init_logger()
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)  # before the keys of a config
     try:
         argv, full, json_file = _own_options(argv)
         result = verify(load_config(argv), full)

@@ -1,5 +1,7 @@
 """What a logged step looks like on the console: one line, the format of upstream's."""
 
+import os
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -14,6 +16,11 @@ COLORS = {
     "turquoise": "\033[38;2;54;234;195m",
 }
 RESET = "\033[39m"
+
+
+def shows_color() -> bool:
+    """Whether the log is read on a terminal: this process's, or the launcher's, which says so."""
+    return sys.stderr.isatty() or "FORCE_COLOR" in os.environ
 
 
 def training_line(record: Mapping[str, float], eta_seconds: float | None, *, color: bool) -> str:

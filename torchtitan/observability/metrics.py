@@ -15,7 +15,7 @@ import torch
 from torchtitan.config.schema import Metrics
 from torchtitan.logging import logger
 from torchtitan.observability.clock import DeviceTimer, Lap, StepClock
-from torchtitan.observability.console import training_line, validation_line
+from torchtitan.observability.console import shows_color, training_line, validation_line
 from torchtitan.observability.memory import MemoryMonitor
 from torchtitan.observability.peak_flops import peak_flops
 from torchtitan.observability.sinks import Sink, open_sinks
@@ -49,7 +49,7 @@ class MetricsLogger:
         self._config, self._dump_folder, self._rank = config, Path(dump_folder), rank
         self._workload, self._device = workload, device
         self._memory = MemoryMonitor(device)
-        self._color = not config.disable_color_printing
+        self._color = shows_color() and not config.disable_color_printing
         self._sinks: list[Sink] = []
         self._clock = StepClock(0)
         self._forward_backward = DeviceTimer(device)

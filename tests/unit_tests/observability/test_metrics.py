@@ -68,6 +68,20 @@ def test_validation_line():
     )
 
 
+@pytest.mark.parametrize(
+    ("terminal", "forced", "disabled", "colored"),
+    [(False, False, False, False), (True, False, False, True), (False, True, False, True), (True, True, True, False)],
+)
+def test_colors_are_for_terminals(terminal, forced, disabled, colored, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if forced:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    config = Metrics(disable_color_printing=disabled)
+    metrics = MetricsLogger(config, str(tmp_path), WORKLOAD, rank=0, device=CPU)
+    assert metrics._color == colored
+
+
 def test_color_adds_escapes_only():
     line = training_line(RECORD, 1.0, color=True)
     assert line.count("\033[") == 9
