@@ -158,8 +158,10 @@ def set_aside_newer(folder: Path, step: int) -> list[Path]:
 
 def remove_old(folder: Path, keep: int, saved: Path) -> None:
     """Delete all but `saved`, the newest `keep` whole checkpoints, and what is newer than these."""
+    if keep == 0:
+        return
     whole = [path for path in candidates(folder) if not damage(path)]
-    if keep == 0 or len(whole) <= keep:
+    if len(whole) <= keep:
         return
     oldest_kept = step_of(whole[keep - 1])
     for path in candidates(folder):

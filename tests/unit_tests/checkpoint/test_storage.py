@@ -158,6 +158,12 @@ def test_the_newest_are_kept(tmp_path, keep, left):
     assert storage.saved_steps(tmp_path) == left
 
 
+def test_where_all_are_kept_none_is_read(tmp_path, monkeypatch):
+    saved = save(tmp_path, 1)
+    monkeypatch.setattr(storage, "read_manifest", lambda path: pytest.fail(f"{path} was read"))
+    storage.remove_old(tmp_path, 0, saved)
+
+
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
     saved = [save(tmp_path, step) for step in range(1, 6)]
     for checkpoint in saved[2:]:
