@@ -17,6 +17,7 @@ from torch.nn.attention import sdpa_kernel
 from torchtitan.build import build_data, build_metrics, build_model
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.config.schema import Training, Validation
+from torchtitan.config.toml_file import as_table
 from torchtitan.data.batch import Batch
 from torchtitan.data.loader import Loader
 from torchtitan.distributed.comm import World, set_timeout
@@ -145,7 +146,7 @@ class Trainer:
         kernels = SDPA_PRIORITY[1:] if config.debug.deterministic else SDPA_PRIORITY
         stack.enter_context(sdpa_kernel(kernels, set_priority=True))
         stack.enter_context(loss_layout(self.setup.degrees.tp, config.parallelism))
-        self.metrics.start(self.step)
+        self.metrics.start(self.step, as_table(self.config))
         stack.callback(self.metrics.close)
         stack.callback(self._report_skipped_documents)
         return stack.enter_context(

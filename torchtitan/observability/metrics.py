@@ -5,10 +5,11 @@ docs/metrics.md defines every field.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,9 +61,12 @@ class MetricsLogger:
             if self._peak_flops is None:
                 logger.warning(f"the peak FLOP/s of '{name}' is not known: no MFU is reported")
 
-    def start(self, step: int) -> None:
-        """Open the outputs and start the clock; `step` is 0, or the step the run resumes from."""
-        self._sinks = open_sinks(self._config, self._dump_folder, rank=self._rank, step=step)
+    def start(self, step: int, run: Mapping[str, Any]) -> None:
+        """Open the outputs and start the clock.
+
+        `step` is 0, or the step the run resumes from; `run` the whole config as nested tables.
+        """
+        self._sinks = open_sinks(self._config, self._dump_folder, run, rank=self._rank, step=step)
         self._clock = StepClock(step)
 
     def should_log(self, step: int) -> bool:

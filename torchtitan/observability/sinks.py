@@ -7,9 +7,7 @@ import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
-
-import tomli
+from typing import Any, Protocol
 
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import Metrics
@@ -44,11 +42,13 @@ def check_sinks(config: Metrics) -> None:
         raise ConfigError(faults)
 
 
-def open_sinks(config: Metrics, dump_folder: Path, *, rank: int, step: int) -> list[Sink]:
+def open_sinks(
+    config: Metrics, dump_folder: Path, run: Mapping[str, Any], *, rank: int, step: int
+) -> list[Sink]:
     """The sinks of one rank for a run that begins after `step` (0, or the step it resumes from).
 
-    metrics.jsonl is rank 0's in any layout; the others are too, or everyone's if
-    save_for_all_ranks.
+    `run` is the whole run's config as nested tables. metrics.jsonl is rank 0's in any layout; the
+    others are too, or everyone's if save_for_all_ranks.
     """
     check_sinks(config)
     sinks: list[Sink] = []
@@ -61,7 +61,7 @@ def open_sinks(config: Metrics, dump_folder: Path, *, rank: int, step: int) -> l
         if config.enable_tensorboard:
             sinks.append(TensorBoard(folder / f"{datetime.now():%Y%m%d-%H%M%S}"))
         if config.enable_wandb:
-            sinks.append(WeightsAndBiases(folder, dump_folder / "config.toml"))
+            sinks.append(WeightsAndBiases(folder, run))
     return sinks
 
 
@@ -108,11 +108,11 @@ class TensorBoard:
 class WeightsAndBiases:
     """A W&B run, named and placed by WANDB_PROJECT, WANDB_NAME, WANDB_ENTITY, WANDB_MODE, ..."""
 
-    def __init__(self, folder: Path, run_config: Path):
+    def __init__(self, folder: Path, run: Mapping[str, Any]):
         import wandb  # optional
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(dir=folder, config=tomli.loads(run_config.read_text()))
+        self._run = wandb.init(dir=folder, config=run)
         # By our step: W&B's own counter never goes back, as a resume from an earlier step does.
         self._run.define_metric("*", step_metric="step")
 

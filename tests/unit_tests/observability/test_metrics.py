@@ -31,7 +31,7 @@ RECORD = {
 
 def make_metrics(folder, config=CONFIG, rank=0, step=0) -> MetricsLogger:
     metrics = MetricsLogger(config, str(folder), WORKLOAD, rank=rank, device=CPU)
-    metrics.start(step)
+    metrics.start(step, run={})
     return metrics
 
 

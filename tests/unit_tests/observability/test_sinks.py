@@ -13,8 +13,11 @@ from torchtitan.observability.sinks import check_sinks, open_sinks
 RECORDS = [{"step": 1, "loss": 8.0, "lr": 0.5}, {"step": 5, "loss": float("inf"), "lr": 1.0}]
 
 
+RUN = {"training": {"steps": 7}}
+
+
 def write_all(config: Metrics, folder, rank: int = 0) -> None:
-    for sink in open_sinks(config, folder, rank=rank, step=0):
+    for sink in open_sinks(config, folder, RUN, rank=rank, step=0):
         for record in RECORDS:
             sink.write(record)
         sink.close()
@@ -53,10 +56,9 @@ class FakeWandb:
 
 def test_weights_and_biases_gets_the_config_and_records_by_our_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
-    (tmp_path / "config.toml").write_text("[training]\nsteps = 7\n")
     write_all(Metrics(enable_wandb=True, enable_tensorboard=True), tmp_path)
     assert wandb.calls == [
-        ("init", {"dir": tmp_path / "tb", "config": {"training": {"steps": 7}}}),
+        ("init", {"dir": tmp_path / "tb", "config": RUN}),
         ("define_metric", "*", "step"),
         *(("log", record) for record in RECORDS),
         ("finish",),
@@ -64,12 +66,18 @@ def test_weights_and_biases_gets_the_config_and_records_by_our_step(tmp_path, mo
     assert len(list((tmp_path / "tb").iterdir())) == 1  # TensorBoard's, at the same time
 
 
+def test_weights_and_biases_of_any_rank_needs_no_file_of_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    write_all(Metrics(enable_wandb=True, save_for_all_ranks=True), tmp_path, rank=1)
+    assert wandb.calls[0] == ("init", {"dir": tmp_path / "tb" / "rank_1", "config": RUN})
+
+
 def test_a_sink_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     check_sinks(Metrics())
     with pytest.raises(ConfigError) as error:
-        open_sinks(Metrics(enable_wandb=True, enable_tensorboard=True), tmp_path, rank=0, step=0)
+        write_all(Metrics(enable_wandb=True, enable_tensorboard=True), tmp_path)
     assert [fault.setting for fault in error.value.faults] == [
         "metrics.enable_tensorboard",
         "metrics.enable_wandb",
