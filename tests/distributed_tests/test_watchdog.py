@@ -65,6 +65,18 @@ def test_the_odd_rank_is_named_and_all_end(tmp_path, misdeed, bad_rank, named):
     assert not _processes_of(tmp_path)
 
 
+def test_a_report_that_cannot_be_written_keeps_nobody_from_ending(tmp_path):
+    (tmp_path / "failure.txt").mkdir()
+    run = _launch(tmp_path, 1, "freeze")
+    ended = time.time()
+    said = run.stdout + run.stderr
+    assert run.returncode == 1, said
+    assert "rank 1 has been silent" in said
+    assert "the report of this failure could not be left: [Errno 21] Is a directory" in said
+    assert ended - float((tmp_path / "misdeed_at").read_text()) < TIMEOUT_SECONDS + 15
+    assert not _processes_of(tmp_path)
+
+
 def test_told_to_end_is_no_failure(tmp_path):
     run = _launch(tmp_path, 1, "terminate_all")
     assert run.returncode == 128 + 15

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -200,28 +201,34 @@ class _Patrol(threading.Thread):
 
     def _end(self, states: list[RankState], verdict: Verdict) -> None:
         if not verdict.is_failure:
-            print(verdict.headline, file=sys.stderr, flush=True)
+            _say(verdict.headline)
             os._exit(EXIT_SIGTERM)
         report = render(states, verdict, time.time())
-        print(report, file=sys.stderr, flush=True)
-        self._write(verdict.headline, report)
+        _say(report)
+        for leave in (self._leave_with_the_run, self._leave_with_torchrun):
+            try:
+                leave(verdict.headline, report)
+            except OSError as error:  # a full disk, say: the end must come all the same
+                _say(f"the report of this failure could not be left: {error}")
         for state in states:
             if state.rank in verdict.odd_ranks and not (state.heard_alarm or state.finished):
                 self._kill_sibling(state)
         time.sleep(LINGER_SECONDS)
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(EXIT_FAILURE)
 
-    def _write(self, headline: str, report: str) -> None:
-        """Leave the report with the run, and the headline where torchrun's summary takes it from."""
+    def _leave_with_the_run(self, headline: str, report: str) -> None:
         self._dump_folder.mkdir(parents=True, exist_ok=True)
-        report_file = self._dump_folder / "failure.txt"
         draft = self._dump_folder / f".failure_{self._world.rank}"
         draft.write_text(report + "\n")
-        draft.replace(report_file)
+        draft.replace(self._dump_folder / "failure.txt")
+
+    def _leave_with_torchrun(self, headline: str, report: str) -> None:
+        """Write the headline where torchrun's summary takes it from."""
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             extra = {
-                "py_callstack": f"{headline} (see {report_file})",
+                "py_callstack": f"{headline} (see {self._dump_folder / 'failure.txt'})",
                 "timestamp": str(int(time.time())),
                 "report": report,
             }
@@ -236,6 +243,11 @@ class _Patrol(threading.Thread):
         status = Path(f"/proc/{state.pid}/status")
         if status.exists() and f"PPid:\t{os.getppid()}\n" in status.read_text():
             os.kill(state.pid, signal.SIGKILL)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the log may lie on a disk that is full
+        print(text, file=sys.stderr, flush=True)
 
 
 def _main_thread_stack() -> list[str]:
