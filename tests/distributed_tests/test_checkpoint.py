@@ -15,7 +15,7 @@ from torchtitan.checkpoint import storage, writer
 from torchtitan.checkpoint.find import find_checkpoint, read_progress
 from torchtitan.checkpoint.manager import CheckpointManager, NonFiniteState, find_altered
 from torchtitan.checkpoint.storage import saved_steps
-from torchtitan.checkpoint.writer import CheckpointFailed
+from torchtitan.checkpoint.writer import CheckpointFailed, together
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import Checkpoint, Optimizer
 from torchtitan.distributed.launch import RankFailure, run_ranks
@@ -208,13 +208,13 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, world_size):
     assert origin == {"torch": torch.__version__, "layout": {"dp": 1}}
 
 
-def fail_in_background(folder, rank):
-    """A disk that is full on one rank, once."""
+def fail_in_background(folder, ranks):
+    """A disk that is full on some ranks, once."""
     m = sharded_manager(folder, async_mode="async")
     m.save(1, {})
     m.writer.finish()
     sync = os.fsync
-    if dist.get_rank() == rank:
+    if dist.get_rank() in ranks:
         os.fsync = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     m.save(2, {})
     try:
@@ -223,16 +223,43 @@ def fail_in_background(folder, rank):
     except CheckpointFailed as error:
         told = str(error)
     os.fsync = sync
-    m.save(3, {})  # what was left does not stand in the way
+    dist.barrier()  # rank 0 may be removing what was written
+    left = sorted(path.name for path in (folder / "checkpoint").iterdir())
+    m.save(3, {})  # nothing stands in the way
     m.writer.finish()
-    return "No space left on device" in told
+    return told, left
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_save_that_fails_in_the_background_is_told_to_all(tmp_path, rank):
-    assert run_ranks(fail_in_background, 2, tmp_path, rank) == [True, True]
+@pytest.mark.parametrize(
+    "ranks, named", [((0,), "rank 0"), ((1,), "rank 1"), ((0, 1), "rank 0 and 1 more")]
+)
+def test_a_save_that_fails_in_the_background_is_told_to_all_in_one_line(tmp_path, ranks, named):
+    told = f"OSError: [Errno 28] No space left on device, on {named}"
+    assert run_ranks(fail_in_background, 2, tmp_path, ranks) == [(told, ["step-1"])] * 2
     assert saved_steps(tmp_path / "checkpoint") == [1, 3]
-    assert not list((tmp_path / "checkpoint").glob("*.tmp"))
+
+
+def fail_together(words):
+    def work():
+        if word := words[dist.get_rank()]:
+            raise ValueError(word)
+
+    try:
+        together(work)
+    except CheckpointFailed as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["", "a", ""], "rank 1: ValueError: a"),
+        (["a", "b", "a"], "rank 0 and 1 more: ValueError: a; rank 1: ValueError: b"),
+        (["a", "a", "a"], "ValueError: a"),
+    ],
+)
+def test_an_error_of_several_ranks_is_told_once(words, told):
+    assert run_ranks(fail_together, 3, words) == [told] * 3
 
 
 def save_poisoned(folder, rank, name, value):

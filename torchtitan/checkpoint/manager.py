@@ -26,6 +26,7 @@ from torchtitan.checkpoint.writer import (
     CheckpointWriter,
     Job,
     State,
+    first_failure,
     together,
 )
 from torchtitan.config.schema import Checkpoint
@@ -97,7 +98,8 @@ class CheckpointManager:
         try:
             dcp.load(state, checkpoint_id=checkpoint)
         except CheckpointException as error:  # no Exception, which callers could not expect
-            raise CheckpointFailed(f"{checkpoint} does not fit this model: {error}") from error
+            why = first_failure(error)
+            raise CheckpointFailed(f"{checkpoint} does not fit this model: {why}") from error
         self.optimizer_state.update(state.get("optimizer", {}))
         seconds = time.perf_counter() - start
         logger.info(f"loaded {' and '.join(state)} from {checkpoint} in {seconds:.2f} s")

@@ -1,5 +1,6 @@
 """How a state gets to disk: by all ranks together, now or while training goes on."""
 
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,7 +58,7 @@ class Job:
         try:
             dcp.save(self.state, checkpoint_id=folder, process_group=group)
         except CheckpointException as error:  # no Exception, which callers could not expect
-            raise CheckpointFailed(str(error)) from error
+            raise CheckpointFailed(first_failure(error)) from error
 
 
 class CheckpointWriter:
@@ -108,24 +109,58 @@ class CheckpointWriter:
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's result of `work`; what fails on one rank raises CheckpointFailed on all."""
+    """Every rank's result of `work`; what fails on one rank raises CheckpointFailed on all.
+
+    Its text has each error once, with the ranks that met it unless all did.
+    """
     result = error = None
     try:
         result = work()
+    except CheckpointFailed as caught:
+        error = str(caught)
     except Exception as caught:  # noqa: BLE001 - raised below, on every rank
         error = f"{type(caught).__name__}: {caught}"
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (result, error), group)
-    errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-    if errors:
-        raise CheckpointFailed("; ".join(errors))
+    ranks: dict[str, list[int]] = {}
+    for rank, (_, error) in enumerate(outcomes):
+        if error:
+            ranks.setdefault(error, []).append(rank)
+    if ranks:
+        told = (
+            error if len(met) == len(outcomes) else f"{_named(met)}: {error}"
+            for error, met in ranks.items()
+        )
+        raise CheckpointFailed("; ".join(told))
     return [result for result, _ in outcomes]
 
 
+def first_failure(error: CheckpointException) -> str:
+    """What failed and where, in a few words; the text of `error` has the stacks of all ranks."""
+    ranks = sorted(error.failures)
+    cause, _ = error.failures[ranks[0]]
+    return f"{type(cause).__name__}: {cause}, on {_named(ranks)}"
+
+
+def _named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - 1} more" if len(ranks) > 1 else ""
+    return f"rank {ranks[0]}{more}"
+
+
 def _write(job: Job, group: dist.ProcessGroup | None) -> None:
+    """Write and publish a checkpoint, or leave nothing of it."""
+    temporary = storage.temporary_path(job.folder, job.step)
+    try:
+        _publish(job, temporary, group)
+    except CheckpointFailed:  # on all ranks: none is writing any more
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _publish(job: Job, temporary: Path, group: dist.ProcessGroup | None) -> None:
     """Files of all ranks, then checksums, then the manifest and the name."""
     rank = dist.get_rank(group)
-    temporary = storage.temporary_path(job.folder, job.step)
 
     def prepare() -> None:
         if rank == 0:
