@@ -15,7 +15,7 @@ import pyarrow.parquet
 import zstandard
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.data.cache import cached
+from torchtitan.data.cache import CacheNotWritable, cached
 from torchtitan.data.files import DocumentFile, JsonLines, TextFile, TokenFile
 from torchtitan.data.permutation import mix, permute
 from torchtitan.data.source import Dealing, Document
@@ -78,6 +78,10 @@ def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
     for path in paths:
         try:
             files.append(_open(path, text_key))
+        except CacheNotWritable as error:
+            reason = f"its copy or index cannot be written to {error}."
+            remedy = "Make room there, or let XDG_CACHE_HOME name another folder."
+            faults.append(Fault(setting, reason, remedy, str(path)))
         except (
             OSError,
             ValueError,
