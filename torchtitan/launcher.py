@@ -23,7 +23,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 from torchtitan import preflight, train
 from torchtitan.config.faults import EXIT_CONFIG
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
         status = _checked(args.training_script_args)
         if status != 0:
             return status
-    if args.rdzv_endpoint and args.nnodes != "1" and not _finds(args.rdzv_endpoint, args.nnodes):
+    several = parse_min_max_nnodes(args.nnodes)[1] > 1  # torchrun's default is "1:1"
+    if several and args.rdzv_endpoint and not _finds(args.rdzv_endpoint, args.nnodes):
         return EXIT_CONFIG
     own_log_dir = None if args.log_dir else tempfile.mkdtemp(prefix="torchtitan_logs_")
     args.log_dir = args.log_dir or own_log_dir

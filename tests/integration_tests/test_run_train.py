@@ -74,6 +74,13 @@ def test_compiled_code_is_kept_at_home_where_that_can_be_written_to(tmp_path):
         assert (status, f"[ {expected} ]" in output) == (0, True), output
 
 
+@pytest.mark.parametrize("name", ["NGPU", "NNODES"])
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1:2"])
+def test_counts_that_are_none_are_refused(name, value):
+    status, output = _run(**{"NGPU": "1", name: value})
+    assert (status, output) == (2, f"{name} = {value}: must be a whole number, at least 1.\n")
+
+
 @pytest.mark.parametrize(
     "endpoint, words",
     [("", "set RDZV_ENDPOINT=host:port"), ("nowhere.invalid:29500", "nowhere.invalid:29500, where 2 machines are to meet")],
@@ -110,6 +117,7 @@ def test_the_status_of_a_rank_is_the_status_of_the_run(tmp_path, ngpu):
     assert _run(**module)[0] == 75
     status, output = _run(**module, WORDS="1")  # of a rank whose output is not shown
     assert (status, "last words" in output) == (1, True), output
+    assert "machines" not in output
 
 
 @pytest.mark.parametrize(("status", "num_starts"), [(75, 1), (1, 3)])
