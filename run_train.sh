@@ -55,6 +55,13 @@ for argument in "$@"; do
     fi
 done
 
+for name in NGPU NNODES; do
+    if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+        echo "$name = ${!name}: must be a whole number, at least 1." >&2
+        exit 2
+    fi
+done
+
 if [[ -n ${COMM_MODE:-} ]]; then
     export LOCAL_RANK=0
     exec "$PYTHON" -m "$train_file" --job.config_file "$config_file" "$@" \
