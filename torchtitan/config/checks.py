@@ -76,6 +76,16 @@ FRACTIONS = (
 )
 """Keys from 0 to 1."""
 
+NOT_EMPTY = (
+    "checkpoint.folder",
+    "job.dump_folder",
+    "training.dataset",
+    "training.dataset_path",
+    "validation.dataset",
+    "validation.dataset_path",
+)
+"""Keys of which an empty one, as an unset "$DATA" gives it, would be the folder a run starts in."""
+
 CHOICES = {
     "activation_checkpoint.determinism_check": ("default", "none"),
     "compile.components": ("model", "loss"),
@@ -113,6 +123,13 @@ def fractions_are_between_0_and_1(config: JobConfig) -> Iterator[Fault]:
     for key in FRACTIONS:
         if values[key] is not None and not 0 <= values[key] <= 1:
             yield Fault(key, "must be from 0 to 1.", value=values[key])
+
+
+def names_are_not_empty(config: JobConfig) -> Iterator[Fault]:
+    values = leaf_keys(config)
+    for key in NOT_EMPTY:
+        if values[key] == "":
+            yield Fault(key, "is empty.", "Give a name, or leave the key out.", "")
 
 
 def names_are_known(config: JobConfig) -> Iterator[Fault]:
@@ -359,6 +376,7 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     counts_are_large_enough,
     counts_of_all_are_positive_or_minus_one,
     fractions_are_between_0_and_1,
+    names_are_not_empty,
     names_are_known,
     optimizer_faults,
     max_norm_is_positive,

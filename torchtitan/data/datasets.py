@@ -127,6 +127,8 @@ def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
                 faults.append(Fault(f"{where}.weight", "must be a number above zero.", value=value))
         elif not isinstance(value, str):
             faults.append(Fault(f"{where}.{key}", "must be a string.", value=value))
+        elif key == "path" and not value:
+            faults.append(Fault(f"{where}.{key}", "is empty.", value=value))
     if ("path" in table) == ("name" in table):
         faults.append(
             Fault(

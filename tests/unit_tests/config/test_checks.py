@@ -50,6 +50,12 @@ def test_counts_below_their_least_are_refused(key):
     assert not [fault for fault in at_least if fault.reason.startswith("must be at least")]
 
 
+@pytest.mark.parametrize("key", checks.NOT_EMPTY)
+def test_an_empty_name_is_not_the_current_folder(key):
+    (fault,) = check_config(load_config([f"--{key}", ""]))
+    assert (fault.setting, fault.reason, fault.value) == (key, "is empty.", "")
+
+
 @pytest.mark.parametrize("key", checks.AT_LEAST_ONE_OR_ALL)
 def test_minus_one_is_all_and_nothing_else_below_one(key):
     assert key in refused(f"--{key} 0")

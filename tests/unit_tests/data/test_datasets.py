@@ -50,6 +50,7 @@ def test_a_path_needs_no_table(tmp_path):
         ({"path": "a", "name": "b"}, None, ["either a path or a name"]),
         ({"weight": 1.0}, None, ["either a path or a name"]),
         ({"path": 3}, None, ["training.dataset.path = 3", "must be a string"]),
+        ({"path": ""}, None, ['training.dataset.path = "": is empty']),
         (["a"], None, ["a source is a table"]),
         ([{"path": "a", "x": 1}, {"y": 2}], None, ["[0].x", "[1].y", "either a path or a name"]),
     ],
