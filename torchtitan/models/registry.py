@@ -45,14 +45,22 @@ def hf_formats(name: str | None = None) -> tuple[HFFormat, ...]:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(name if "." in name else f"{models.__name__}.{name}")
+    return importlib.import_module(_path(name))
+
+
+def _path(name: str) -> str:
+    return name if "." in name else f"{models.__name__}.{name}"
 
 
 def _flavors(name: str) -> dict[str, Any]:
     try:
         return _module(name).FLAVORS
-    except (ModuleNotFoundError, AttributeError):
-        raise ConfigError([_unknown("model.name", name, families())]) from None
+    except (ImportError, AttributeError) as error:
+        missing = f"{error.name}." if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{_path(name)}.".startswith(missing):  # itself or a package it is in
+            raise ConfigError([_unknown("model.name", name, families())]) from None
+        remedy = "See docs/adding_a_model.md."
+        raise ConfigError([Fault("model.name", f"cannot be used: {error}.", remedy, name)]) from error
 
 
 def _override(config: Any, overrides: dict[str, Any], path: str) -> Any:

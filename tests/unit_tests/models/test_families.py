@@ -234,6 +234,29 @@ def test_what_cannot_work_is_refused_with_what_would(line, message):
     assert message in refused(line)
 
 
+OWN_FAMILIES = {
+    "own_gone.fam": (None, "no such name."),
+    "own_pkg.fma": ("", "no such name."),
+    "own_missing.fam": ("import not_installed", "cannot be used: No module named 'not_installed'."),
+    "own_part.fam": ("from own_part import part", "cannot be used: cannot import name 'part' from 'own_part'"),
+    "own_typo.fam": ("import math; math.pie", "cannot be used: module 'math' has no attribute 'pie'."),
+    "own_empty.fam": ("", "cannot be used: module 'own_empty.fam' has no attribute 'FLAVORS'."),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FAMILIES)
+def test_a_family_elsewhere_that_cannot_be_used_says_why(tmp_path, monkeypatch, name):
+    code, message = OWN_FAMILIES[name]
+    package = tmp_path / name.partition(".")[0]
+    if code is not None:
+        package.mkdir()
+        (package / "__init__.py").touch()
+        (package / "fam.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    (fault,) = refused(f"--model.name {name}")
+    assert fault.startswith(f'model.name = "{name}": {message}')
+
+
 def test_all_faults_are_listed_at_once():
     faults = refused(
         f"{DEEPSEEK} --parallelism.expert_parallel_degree 3 --model.overrides.moe.top_k 9"
