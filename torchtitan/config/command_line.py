@@ -218,17 +218,22 @@ def _lists_of_strings(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | Non
 def _tables(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Tables, and a string or tables, in one word of TOML: `{path = "a.jsonl", weight = 2}`."""
     takes_string = info.type == str | dict[str, Any] | list[dict[str, Any]]
-    if not takes_string and info.type not in (dict[str, Any], list[dict[str, Any]]):
+    is_list = info.type == list[dict[str, Any]]
+    if not takes_string and not is_list and info.type != dict[str, Any]:
         return None
 
     def parse(words: list[str]) -> Any:
+        if is_list and words in ([], ["[]"]):
+            return []
+        if len(words) != 1:
+            raise ValueError("not one word")
         is_toml = words[0].startswith(("{", "[{"))
         if not is_toml and not takes_string:
             raise ValueError("not a table")
         return tomli.loads(f"value = {words[0]}")["value"] if is_toml else words[0]
 
     return PrimitiveConstructorSpec(
-        nargs=1,
+        nargs="*" if is_list else 1,
         metavar="STR|{TOML}" if takes_string else "{TOML}",
         instance_from_str=parse,
         is_instance=lambda value: isinstance(value, (str, dict, list)),

@@ -3,6 +3,7 @@
 import pytest
 
 from torchtitan.config.checks import check_config
+from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config, save_toml
 from torchtitan.config.optimizer_groups import OptimizerGroup, read_groups
 
@@ -80,3 +81,22 @@ def test_tables_in_a_file_survive_its_writing(tmp_path):
     save_toml(config, tmp_path / "config.toml")
     again = load_config(["--job.config_file", str(tmp_path / "config.toml")])
     assert again.optimizer == config.optimizer
+
+
+@pytest.mark.parametrize(
+    "cleared", [["--optimizer.groups", "[]"], ["--optimizer.groups=[]"], ["--optimizer.groups"]]
+)
+def test_groups_of_a_file_can_be_cleared(tmp_path, cleared):
+    file = tmp_path / "run.toml"
+    file.write_text('[[optimizer.groups]]\npatterns = "*"\nlr_scale = 2\n')
+    argv = ["--job.config_file", str(file)]
+    assert load_config(argv).optimizer.groups
+    assert load_config([*argv, *cleared, "--training.steps=2"]).optimizer.groups == []
+
+
+@pytest.mark.parametrize(
+    "argv", [["--optimizer.groups", "{}", "{}"], ["--optimizer.groups", "x"], ["--training.dataset"]]
+)
+def test_other_options_need_their_value(argv):
+    with pytest.raises(ConfigError):
+        load_config(argv)

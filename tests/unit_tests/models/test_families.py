@@ -238,7 +238,7 @@ OWN_FAMILIES = {
     "own_gone.fam": (None, "no such name."),
     "own_pkg.fma": ("", "no such name."),
     "own_missing.fam": ("import not_installed", "cannot be used: No module named 'not_installed'."),
-    "own_part.fam": ("from own_part import part", "cannot be used: cannot import name 'part' from 'own_part'"),
+    "own_part.fam": ("from own_part import part", "cannot be used: cannot import name 'part' from"),
     "own_typo.fam": ("import math; math.pie", "cannot be used: module 'math' has no attribute 'pie'."),
     "own_empty.fam": ("", "cannot be used: module 'own_empty.fam' has no attribute 'FLAVORS'."),
 }
