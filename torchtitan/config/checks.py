@@ -262,19 +262,6 @@ def wall_time_needs_checkpoints(config: JobConfig) -> Iterator[Fault]:
     yield Fault("checkpoint.max_run_seconds", reason, remedy, checkpoint.max_run_seconds)
 
 
-def early_step_needs_plain_backward(config: JobConfig) -> Iterator[Fault]:
-    if not config.optimizer.early_step_in_backward:
-        return
-    others = {
-        "parallelism.pipeline_parallel_degree": config.parallelism.pipeline_parallel_degree > 1,
-        "parallelism.expert_parallel_degree": config.parallelism.expert_parallel_degree > 1,
-        "fault_tolerance.enable": config.fault_tolerance.enable,
-    }
-    for other in (key for key, used in others.items() if used):
-        reason = f"cannot be combined with {other}."
-        yield Fault("optimizer.early_step_in_backward", reason, value=True)
-
-
 def experts_are_split_by_tensor_degree(config: JobConfig) -> Iterator[Fault]:
     parallelism = config.parallelism
     etp, tp = parallelism.expert_tensor_parallel_degree, parallelism.tensor_parallel_degree
@@ -391,7 +378,6 @@ RULES: tuple[Callable[[JobConfig], Iterator[Fault]], ...] = (
     loading_needs_checkpoints,
     seed_checkpoint_needs_checkpoints,
     wall_time_needs_checkpoints,
-    early_step_needs_plain_backward,
     experts_are_split_by_tensor_degree,
     async_tensor_parallel_overlaps_compiled_exchanges,
     keys_are_exchanged_where_a_way_is_chosen,

@@ -227,11 +227,6 @@ NOT_BUILT_COMBINATIONS = [
         "--checkpoint.create_seed_checkpoint",
     ),
     (
-        "optimizer.early_step_in_backward",
-        "parallelism.expert_parallel_degree",
-        "--optimizer.early_step_in_backward --parallelism.expert_parallel_degree 2",
-    ),
-    (
         "parallelism.expert_tensor_parallel_degree",
         "must be 1 or",
         "--parallelism.expert_parallel_degree 2 --parallelism.expert_tensor_parallel_degree 2",
