@@ -233,7 +233,8 @@ def _check_data(config: JobConfig) -> None:
         sections.append(("validation", config.validation))
     for name, section in sections:
         specs = parse_dataset(section.dataset, section.dataset_path, name)
-        open_sources(specs, Dealing(num_slots=1, seed=0, shuffle=False), name)
+        dealing = Dealing(num_slots=1, seed=0, shuffle=False)
+        open_sources(specs, dealing, name, section.dataset_path)
 
 
 def _check_hugging_face_load(hf: HuggingFace, config: JobConfig, checkpoint: Path) -> None:

@@ -78,10 +78,14 @@ def parse_dataset(
 
 
 def open_sources(
-    specs: Sequence[SourceSpec], dealing: Dealing, section: str = "training"
+    specs: Sequence[SourceSpec],
+    dealing: Dealing,
+    section: str = "training",
+    dataset_path: str | None = None,
 ) -> list[Source]:
     """Find, index and probe the documents; ConfigError where there are none."""
-    return [_open(spec, key, dealing, f"{section}.dataset") for key, spec in enumerate(specs)]
+    setting = f"{section}.dataset" if dataset_path is None else f"{section}.dataset_path"
+    return [_open(spec, key, dealing, setting) for key, spec in enumerate(specs)]
 
 
 def _named(dataset: str, dataset_path: str | None, section: str) -> SourceSpec:

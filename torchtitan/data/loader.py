@@ -160,7 +160,7 @@ class _SlotStream(IterableDataset):
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, slots: range):
         specs = parse_dataset(config.dataset, config.dataset_path, config.section)
         dealing = Dealing(config.num_slots, config.seed, config.shuffle)
-        self.sources = open_sources(specs, dealing, config.section)
+        self.sources = open_sources(specs, dealing, config.section, config.dataset_path)
         self.weights = [spec.weight for spec in specs]
         self.tokenizer, self.slots, self.seq_len = tokenizer, slots, config.seq_len
         self.num_slots, self.repeat, self.section = config.num_slots, config.repeat, config.section

@@ -23,6 +23,13 @@ def test_dataset_path_takes_the_place_of_the_hub(tmp_path):
     assert next(loader).num_valid_tokens
 
 
+def test_a_dataset_path_without_files_is_named(tmp_path):
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ConfigError) as error:
+        loaders(DataConfig("c4_test", 1, 8, seed=0, dataset_path=missing))
+    assert f'training.dataset_path = "{missing}": no file' in str(error.value)
+
+
 def test_a_path_needs_no_table(tmp_path):
     path = str(write_lines(tmp_path / "a.jsonl", ["some text"]))
     assert parse_dataset(path) == [SourceSpec(path=path)]
