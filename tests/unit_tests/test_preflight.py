@@ -59,7 +59,7 @@ CASES = {
     "missing step": (["--checkpoint.enable", "--checkpoint.load_step=7"], "no such checkpoint"),
     "missing checkpoint": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
-        "not a whole checkpoint",
+        "no such folder",
     ),
     "seed of several ranks": (
         ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"],

@@ -78,10 +78,12 @@ def read_progress(checkpoint: Path) -> Progress:
 def _initial(path: Path, altered: Mapping[Path, str]) -> Path:
     what = altered.get(path) or _damage(path)
     if what:
-        reason = f"is not a whole checkpoint: {what}."
+        reason = f"is not a whole checkpoint: {what}." if path.is_dir() else "no such folder."
         remedy = "Give a folder like .../checkpoint/step-1000."
         if is_folder(path):
             remedy = "Set checkpoint.initial_load_in_hf = true."
+        elif whole := [own for own in storage.candidates(path) if not storage.damage(own)]:
+            remedy = f"Use its newest checkpoint, {whole[0]}."
         raise ConfigError([Fault("checkpoint.initial_load_path", reason, remedy, str(path))])
     return path
 

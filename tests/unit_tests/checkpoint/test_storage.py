@@ -199,6 +199,22 @@ def test_checkpoints_of_a_run_that_was_gone_back_behind_are_set_aside(tmp_path):
     assert (tmp_path / "aside-step-4-2").exists()
 
 
+def test_a_path_to_begin_with_that_is_none_is_answered_with_one_that_works(tmp_path):
+    def reason_of(path):
+        config = Checkpoint(enable=True, initial_load_path=str(path))
+        with pytest.raises(ConfigError) as error:
+            find_checkpoint(config, tmp_path / "run", ASSETS)
+        (fault,) = error.value.faults
+        return f"{fault.reason} {fault.remedy}"
+
+    for step in (2, 10, 11):
+        save(tmp_path, step)
+    (tmp_path / "step-11" / ".metadata").unlink()
+    assert reason_of(tmp_path / "step-9").startswith("no such folder. Give a folder like")
+    whole = f"Use its newest checkpoint, {tmp_path / 'step-10'}."
+    assert reason_of(tmp_path) == f"is not a whole checkpoint: manifest.json is missing. {whole}"
+
+
 def test_a_hugging_face_folder_that_was_altered_is_refused(tmp_path):
     config = Checkpoint(enable=True, initial_load_in_hf=True, initial_load_path=str(tmp_path))
     with pytest.raises(ConfigError, match="config.json does not match.*Move .*manifest.json away"):
