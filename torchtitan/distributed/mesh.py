@@ -1,5 +1,6 @@
 """How many ranks each kind of parallelism gets, and the DeviceMeshes that follow."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -77,7 +78,8 @@ class Degrees:
         left = world_size
         for setting, degree in (*inner, (_REPLICATE, replicate)):
             if left % degree:
-                raise ConfigError([_not_a_divisor(setting, degree, left)])
+                enough = pp * tp * cp * replicate * max(1, shard)
+                raise ConfigError([_not_a_divisor(setting, degree, left, world_size, enough)])
             left //= degree
         if shard not in (-1, left):
             split = f"{cp} context-parallel times {tp}" if cp > 1 else f"{tp}"
@@ -91,7 +93,8 @@ class Degrees:
         etp = tp if ep == 1 else config.expert_tensor_parallel_degree
         places = left * cp * tp // etp
         if places % ep:
-            raise ConfigError([_not_a_divisor(_EXPERT, ep, places)])
+            enough = math.lcm(world_size, world_size // places * ep) if shard == -1 else 0
+            raise ConfigError([_not_a_divisor(_EXPERT, ep, places, world_size, enough)])
         return cls(replicate, left, tp, ep, etp, cp, pp)
 
     def slots(self, rank: int, num_slots: int) -> range:
@@ -150,8 +153,10 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _not_a_divisor(setting: str, value: int, ranks: int) -> Fault:
+def _not_a_divisor(setting: str, value: int, ranks: int, world_size: int, enough: int) -> Fault:
+    """A degree that does not divide `ranks` of the world's; a world of `enough` would do."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
-    remedy = f"Use {' or '.join(map(str, nearest))}."
+    more = f", or start {enough} ranks, as NGPU={enough} ./run_train.sh does" if enough > world_size else ""
+    remedy = f"Use {' or '.join(map(str, nearest))}{more}."
     return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)

@@ -75,6 +75,17 @@ def test_ranks_of_all_degrees_make_the_world():
     assert [degrees.slots(rank, 8).start for rank in range(16)] == [r // 4 * 2 for r in range(16)]
     with pytest.raises(ConfigError, match="does not divide the 8 ranks there are. Use 2 or 4"):
         resolve(f"{CP}=3", 8)
+    expert = "--parallelism.expert_parallel_degree"
+    for line, world, use, enough in (
+        (f"{TP}=2", 1, "1", 2),
+        (f"{TP}=2 {CP}=2", 2, "1", 4),
+        (f"{expert}=2", 1, "1", 2),
+        (f"{TP}=3 {expert}=4", 3, "1 or 3", 12),
+    ):
+        more = f"Use {use}, or start {enough} ranks, as NGPU={enough} ./run_train.sh does."
+        with pytest.raises(ConfigError, match=more):
+            resolve(line, world)
+        resolve(line, enough)
     wrong = f"{CP}=2 {TP}=2 --parallelism.data_parallel_shard_degree=3"
     with pytest.raises(ConfigError, match="of 2 context-parallel times 2 tensor-parallel .* Use 2"):
         resolve(wrong, 8)
