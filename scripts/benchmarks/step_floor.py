@@ -41,7 +41,7 @@ from step_parts import (
     steps,
 )
 from torchtitan.models.attention import SDPA_PRIORITY
-from training import MODELS, Case
+from training import MODELS, Case, with_cases
 
 NO_KERNEL = ("No available kernel", "No viable backend")
 """How the errors of torch 2.11 and 2.13 begin where a backend cannot run."""
@@ -149,12 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the results there")
-    args = parser.parse_args()
-    try:
-        args.cases = [parse(name) for name in args.words]
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return with_cases(parser, parse)
 
 
 def main() -> None:

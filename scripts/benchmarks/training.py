@@ -16,6 +16,7 @@ medians over the second half of its steps; loss is the last one's. Ceilings are 
 import argparse
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -250,9 +251,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--traces", type=Path, help="record a step of each case, keep it there, break it down")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--extra", default="", help="more arguments for every run, as --extra=...")
+    return with_cases(parser, Case.parse)
+
+
+def with_cases(parser: argparse.ArgumentParser, parse: Callable[[str], Case]) -> argparse.Namespace:
+    """The command line's arguments, its words as `cases`; ends the program where one is none."""
     args = parser.parse_args()
     try:
-        args.cases = [Case.parse(name) for name in args.words]
+        args.cases = [parse(name) for name in args.words]
     except ValueError as error:
         parser.error(str(error))
     return args
