@@ -291,7 +291,8 @@ def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
         reason = f"{checkpoint} holds only the weights, so training cannot go on from it."
         if own:
             remedy = (
-                "Load an earlier step, or start a new run from it by checkpoint.initial_load_path. "
+                "Load an earlier step, or start a new run from it by checkpoint.initial_load_path, with "
+                "another job.dump_folder. "
                 "checkpoint.last_save_model_only = false keeps the last save complete."
             )
             fault = Fault("checkpoint.load_step", reason, remedy, config.checkpoint.load_step)

@@ -16,6 +16,8 @@ from torchtitan.weight_map import Drop, OnlyOurs, Twin, WeightMap, match, rule_f
 Slices = tuple[slice, ...]
 Source = Callable[[Slices], torch.Tensor]
 """Reads a part of a tensor of theirs."""
+MOST_NAMED = 10
+"""Tensors in a message."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +134,19 @@ def mismatches(
 ) -> Iterator[Fault]:
     """Every tensor that is missing, unknown or of another shape."""
     if missing := sorted(expected.keys() - found.keys()):
-        yield Fault(str(where), f"lacks {', '.join(missing)}.")
+        yield Fault(str(where), f"lacks {_listed(missing)}.")
     if extra := sorted(found.keys() - expected.keys()):
-        yield Fault(str(where), f"the model has no place for {', '.join(extra)}.")
+        yield Fault(str(where), f"the model has no place for {_listed(extra)}.")
     misshapen = [
         f"{name} {list(found[name])} in place of {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
     if misshapen:
-        yield Fault(str(where), f"of another shape than in the model: {', '.join(misshapen)}.")
+        yield Fault(str(where), f"of another shape than in the model: {_listed(misshapen)}.")
+
+
+def _listed(words: Sequence[str]) -> str:
+    """With another model's checkpoint there may be thousands."""
+    more = len(words) - MOST_NAMED
+    return ", ".join(words[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.unit_tests.models.helpers import relative_error
 from torchtitan.checkpoint import hf_export
 from torchtitan.checkpoint.hf import load_pretrained, open_folder
 from torchtitan.checkpoint.hf_export import save_pretrained
+from torchtitan.checkpoint.hf_pieces import mismatches
 from torchtitan.config.faults import ConfigError
 
 ASSETS = "tests/assets/tokenizer"
@@ -82,6 +84,11 @@ def refused(folder, **options):
     with pytest.raises(ConfigError) as error:
         load_pretrained(folder, **options)
     return str(error.value).replace(str(folder), "FOLDER")
+
+
+def test_of_many_tensors_the_first_are_named():
+    [fault] = mismatches(Path("FOLDER"), {f"w{i:02}": (1,) for i in range(13)}, {})
+    assert fault.reason == "lacks w00, w01, w02, w03, w04, w05, w06, w07, w08, w09 and 3 more."
 
 
 def test_every_missing_extra_and_misshapen_tensor_is_named(tmp_path):
