@@ -28,7 +28,7 @@ from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.manager import find_altered
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.checks import check_config
-from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
+from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault, with_place
 from torchtitan.config.manager import load_config, located
 from torchtitan.config.names import nearest
 from torchtitan.config.schema import Checkpoint, Compile, JobConfig, Training, Validation
@@ -172,6 +172,8 @@ def _import(module: str) -> list[Fault]:
     except ImportError as error:
         remedy = "It must be importable from where the run is started (see PYTHONPATH)."
         return [Fault("experimental.custom_import", f"{error}.", remedy, value=module)]
+    except Exception as error:  # whatever its code does
+        return [Fault("experimental.custom_import", f"fails: {with_place(error)}.", value=module)]
     return []
 
 

@@ -54,6 +54,10 @@ CASES = {
     "not built": (["--fault_tolerance.enable"], "not built"),
     "pattern of nothing": (["--optimizer.no_decay=*nrom*"], "matches no parameter"),
     "missing import": (["--experimental.custom_import=no_such_module"], "custom_import"),
+    "import that fails": (
+        ["--experimental.custom_import=tests.unit_tests.quantization.broken_converter"],
+        "broken_converter.py:3).",
+    ),
     "unknown compiler": (["--compile.enable", "--compile.backend=indcutor"], 'Did you mean "inductor"?'),
     "no place to write": (["--job.dump_folder=/dev/null/run"], "cannot write to /dev/null"),
     "missing step": (["--checkpoint.enable", "--checkpoint.load_step=7"], "no such checkpoint"),

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import field, make_dataclass
 from typing import Any
 
-from torchtitan.config.faults import Fault
+from torchtitan.config.faults import Fault, with_place
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.values import key_types
 
@@ -83,6 +83,8 @@ def extended_schema(module: str) -> tuple[type[JobConfig], list[Fault]]:
         reason = f"cannot be imported: {error}."
     except TypeError as error:
         reason, remedy = f"cannot extend the configuration: {error}.", "Give every key a default."
+    except Exception as error:  # whatever its code does
+        reason, remedy = f"fails: {with_place(error)}.", ""
     return JobConfig, [Fault("job.custom_config_module", reason, remedy, module)]
 
 

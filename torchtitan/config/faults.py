@@ -1,6 +1,7 @@
 """What is wrong with a run's inputs, in words a user can act on."""
 
 import json
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,3 +34,9 @@ class ConfigError(ValueError):
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
         super().__init__("\n".join(f"- {fault}" for fault in self.faults))
+
+
+def with_place(error: Exception) -> str:
+    """What a module of the user's raised, and at which line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"

@@ -94,6 +94,7 @@ def test_its_keys_are_as_strict_as_ours(module, tmp_path):
             "from dataclasses import dataclass\n@dataclass\nclass JobConfig:\n    mine: int",
             "cannot extend the configuration",
         ),
+        ("import os\nx = 1 / 0\n", r"fails: ZeroDivisionError: division by zero \(.*broken_.*\.py:2\)"),
     ],
 )
 def test_modules_that_cannot_extend_are_refused(text, reason, tmp_path, monkeypatch):
