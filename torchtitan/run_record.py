@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -41,8 +42,8 @@ def save_config(config: JobConfig) -> None:
         path.write_text(to_json(config))
 
 
-def data_names(training: Training) -> list[str | None]:
-    """What a data position is one of, as checkpoints keep it."""
+def data_names(training: Training) -> list[Any]:
+    """What a data position is one of, as checkpoints keep it: a name or tables, and a path or None."""
     return [training.dataset, training.dataset_path]
 
 
@@ -51,7 +52,7 @@ def moved_data(training: Training, progress: Progress) -> str:
     before, now = progress.get("data", data_names(training)), data_names(training)
     if "slots" not in progress or before == now:
         return ""
-    said = [" at ".join(filter(None, names)) for names in (before, now)]
+    said = [" at ".join(str(name) for name in names if name) for names in (before, now)]
     return (
         f"the checkpoint's data position is one in {said[0]}, and this run reads {said[1]} from there on: right if "
         "that is the same data. checkpoint.exclude_from_loading = ['dataloader'] begins the data anew."

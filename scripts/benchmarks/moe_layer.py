@@ -7,19 +7,19 @@
 
 T tokens, D model, F expert width, E experts, K top-k; bf16. TFLOP/s counts the experts' products
 forward and backward, 18 * T * K * D * F operations, in a row: eight steps between two events, where a
-step's launches hide behind the step before, as in training; alone, one; rested, one whose
-launches are hidden, after a pause: a GPU that multiplies in a row lowers its clock to keep its power.
-"products" is these grouped GEMMs alone, with the loads that the layer's router gives, "dense" the same
-work as dense products: ceilings of this machine, measured in the same run. "floor" is products and the
-bytes that no layer can spare beside them, at the speed of a copy. "unfused" gathers and gates between products, also where a GPU has
-kernels that do so inside. "plain" has separate gate and up products and a scatter-add combine,
-"transformers" is that library's Qwen3-MoE block with its grouped_mm experts, of any shape's sizes, and
-"liger" the fused Triton experts of liger-kernel (a pure wheel; 0.8.5 is what was read). All have the same
-weights. Other libraries' kernels do not install beside torch 2.11: sonic-moe 0.1.2 asks for torch
-below 2.9.2, scattermoe is not on PyPI. Variants take turns; --layers picks some by name. With
+step's launches hide behind the step before, as in training; alone, one; rested, one whose launches are
+hidden, after a pause: a GPU that multiplies in a row lowers its clock to keep its power. "products" is
+these grouped GEMMs alone, with the loads that the layer's router gives, "dense" the same work as dense
+products: ceilings of this machine, measured in the same run. "floor" is products and the bytes that no
+layer can spare beside them, at the speed of a copy. "unfused" gathers and gates between products, also
+where a GPU has kernels that do so inside. "plain" has separate gate and up products and a scatter-add
+combine, "transformers" is that library's Qwen3-MoE block with its grouped_mm experts, of any shape's
+sizes, and "liger" the fused Triton experts of liger-kernel (a pure wheel; 0.8.5 is what was read). All
+have the same weights. Other libraries' kernels do not install beside torch 2.11: sonic-moe 0.1.2 asks
+for torch below 2.9.2, scattermoe is not on PyPI. Variants take turns; --layers picks some by name. With
 --recipes there are also layers whose experts multiply in few bits (on a CPU emulated, to rehearse), and
-each recipe's "products", of numbers that are float8 already (with gw_hp four of the six). --kernels adds,
-after the table, what a variant's time is made of by the profiler.
+each recipe's "products", of numbers that are float8 already (with gw_hp four of the six). --kernels
+adds, after the table, what a variant's time is made of by the profiler.
 """
 
 import argparse

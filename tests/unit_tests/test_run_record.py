@@ -1,5 +1,7 @@
 """What a run settles when it starts."""
 
+import json
+
 import pytest
 
 from torchtitan.config.schema import Training
@@ -16,10 +18,16 @@ from torchtitan.run_record import data_names, moved_data
             Training(dataset="c4_test", dataset_path="/new"),
             "one in c4_test at /old, and this run reads c4_test at /new",
         ),
+        (Training(dataset=[{"path": "a"}]), Training(dataset=[{"path": "a"}]), ""),
+        (
+            Training(dataset=[{"path": "a"}, {"path": "b", "weight": 2}]),
+            Training(dataset="c4_test"),
+            "one in [{'path': 'a'}, {'path': 'b', 'weight': 2}], and this run reads c4_test",
+        ),
     ],
 )
 def test_a_position_in_other_data_is_warned_of(before, now, said):
-    progress = {"slots": {}, "data": data_names(before)}
+    progress = json.loads(json.dumps({"slots": {}, "data": data_names(before)}))
     warning = moved_data(now, progress)
     assert said in warning and bool(warning) == bool(said)
     # Not where the data begins anew, nor where an older checkpoint does not know.
