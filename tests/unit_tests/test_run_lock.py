@@ -51,6 +51,12 @@ def test_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch, caplog):
     assert "would not be noticed" in caplog.text
 
 
+def test_a_file_that_cannot_be_opened_ends_no_run(tmp_path, caplog):
+    (tmp_path / "run.lock").mkdir()
+    hold_folder(str(tmp_path))
+    assert "would not be noticed" in caplog.text
+
+
 def test_a_run_in_a_held_folder_is_refused(tmp_path):
     hold_folder(str(tmp_path))
     command = [sys.executable, "-m", "torchtitan.train", f"--job.dump_folder={tmp_path}"]
