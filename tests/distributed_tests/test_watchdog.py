@@ -100,6 +100,8 @@ def _state(rank: int, **told) -> RankState:
         # Who is silent is the cause, whatever the others have to say.
         ([{"error": "lost peer", "error_from_peer": True}, {"heard_alarm": False}, {}], (1,)),
         ([{}, {"finished": True, "heard_alarm": False}, {"heard_alarm": False}], (2,)),
+        # Out of memory on one, and another froze in waiting for it: nobody knows which came first.
+        ([{}, {"heard_alarm": False}, {"error": "out of memory"}], (2, 1)),
         # An error of its own before one that a peer caused.
         ([{"error": "x", "error_from_peer": True}, {}, {"error": "y"}], (2,)),
         # Groups are compared among their members only.

@@ -58,24 +58,24 @@ class Verdict:
 def judge(states: Sequence[RankState], now: float) -> Verdict:
     """Name the ranks that made the others stop, by the strongest evidence there is.
 
-    A rank that no longer speaks is the cause; else one that broke by itself; else one that others
-    wait for in a collective; else nobody stands out.
+    A rank that broke by itself or no longer speaks is the cause, and where there are both all are named:
+    either may have brought about the other (a rank whose peer ran out of memory can freeze with it). Else
+    it is one that others wait for in a collective; else nobody stands out.
     """
-    silent = [state for state in states if not (state.heard_alarm or state.finished)]
-    if silent:
-        who = "; ".join(
+    broken = [state for state in states if state.error and not state.error_from_peer]
+    silent = [
+        state
+        for state in states
+        if not (state.heard_alarm or state.finished or state in broken)
+    ]
+    if broken or silent:
+        who = [f"rank {state.rank} failed at {state.place}: {state.error}" for state in broken]
+        who += [
             f"rank {state.rank} has been silent for {now - state.told_at:.0f} s (killed, frozen or"
             f" aborted), last seen at {state.place}"
             for state in silent
-        )
-        return Verdict(tuple(state.rank for state in silent), who)
-
-    broken = [state for state in states if state.error and not state.error_from_peer]
-    if broken:
-        who = "; ".join(
-            f"rank {state.rank} failed at {state.place}: {state.error}" for state in broken
-        )
-        return Verdict(tuple(state.rank for state in broken), who)
+        ]
+        return Verdict(tuple(state.rank for state in broken + silent), "; ".join(who))
 
     if {state.complaint for state in states if state.complaint} == {TOLD_TO_END}:
         return Verdict((), f"{TOLD_TO_END} at {states[0].place}", is_failure=False)
