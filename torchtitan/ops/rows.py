@@ -13,9 +13,9 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     it has not written yet.
     """
     if y.is_cuda and y.dtype != torch.float64:
-        from torchtitan.ops import triton_rows  # PyTorch for CPUs comes without Triton
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
-        return triton_rows.sum_rows(y, rows)
+        return triton_kernels.sum_rows(y, rows)
     wide = torch.promote_types(y.dtype, torch.float32)
     total = torch.zeros(len(rows), y.shape[1], dtype=wide, device=y.device)
     if (rows < 0).any():
@@ -43,35 +43,14 @@ def invert_rows(
     if scores is not None:
         by_row = scores.new_empty(num_rows) if full else scores.new_zeros(num_rows)
     if rows.is_cuda:
-        from torchtitan.ops import triton_rows  # PyTorch for CPUs comes without Triton
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
-        triton_rows.invert_rows(rows, scores, tokens, by_row)
+        triton_kernels.invert_rows(rows, scores, tokens, by_row)
         return tokens, by_row
     tokens[rows] = torch.arange(len(rows), dtype=rows.dtype).unsqueeze(1)
     if scores is not None:
         by_row[rows] = scores
     return tokens, by_row
-
-
-def regroup(counts: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows lie in runs of counts (a, b) int64, b varying fastest: the order with a varying fastest, and its inverse.
-
-    Both (R,) int32: row order[r] comes r-th there, and r is the inverse[r]-th. R, the sum of counts, is num_rows.
-    """
-    order = torch.empty(num_rows, dtype=torch.int32, device=counts.device)
-    inverse = torch.empty_like(order)
-    if counts.is_cuda:
-        from torchtitan.ops import triton_rows  # PyTorch for CPUs comes without Triton
-
-        triton_rows.regroup(counts, order, inverse)
-        return order, inverse
-    ends = counts.flatten().cumsum(0).view_as(counts)
-    sizes, firsts = counts.T.flatten(), (ends - counts).T.flatten()
-    rows = torch.arange(num_rows, dtype=torch.int32, device=counts.device)
-    shift = firsts - (sizes.cumsum(0) - sizes)
-    order.copy_(rows + shift.repeat_interleave(sizes, output_size=num_rows))
-    inverse[order] = rows
-    return order, inverse
 
 
 @torch.library.custom_op("torchtitan::take_rows", mutates_args=())
@@ -80,9 +59,9 @@ def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if not len(x):
         return x.new_zeros(len(index), x.shape[1])
     if x.is_cuda:
-        from torchtitan.ops import triton_rows  # PyTorch for CPUs comes without Triton
+        from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
-        return triton_rows.take_rows(x, index)
+        return triton_kernels.take_rows(x, index)
     return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0).unsqueeze(1), 0)
 
 

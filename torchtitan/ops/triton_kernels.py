@@ -1,4 +1,4 @@
-"""Triton kernels of the MoE layer's gating, scores and plain products; what each computes is its reference's to say.
+"""Triton kernels of the MoE layer's passes over memory; what each computes is its reference's to say.
 
 Imported on first use on a GPU: PyTorch for CPUs comes without Triton. All arithmetic is in fp32.
 """
@@ -8,7 +8,42 @@ import triton
 import triton.language as tl
 
 from torchtitan.ops.swiglu import Gating
-from torchtitan.ops.triton_rows import block_of
+
+_MAX_BLOCK = 2048
+
+
+def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """As ops/rows.py's `sum_rows`."""
+    num_tokens, top_k = rows.shape
+    out = y.new_empty(num_tokens, y.shape[1])
+    if num_tokens:
+        block = _block(y.shape[1])
+        _sum_rows[(num_tokens,)](y, rows, out, y.shape[1], *y.stride(), top_k, block)
+    return out
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """As ops/rows.py's `take_rows`."""
+    out = x.new_empty(len(index), x.shape[1])
+    if len(index):
+        _take_rows[(len(index),)](x, index, out, x.shape[1], *x.stride(), _block(x.shape[1]))
+    return out
+
+
+def invert_rows(
+    rows: torch.Tensor,
+    scores: torch.Tensor | None,
+    tokens: torch.Tensor,
+    by_row: torch.Tensor | None,
+) -> None:
+    """As ops/rows.py's `invert_rows`, into tokens and by_row."""
+    size, block = rows.numel(), 1024
+    if size:
+        scores = None if scores is None else scores.contiguous()
+        _invert_rows[(triton.cdiv(size, block),)](
+            rows.contiguous(), scores, tokens, by_row, size, rows.shape[1], block
+        )
+
 
 def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """As ops/expert_kernels.py's `clear_after`; reads the counts, writes only what is to be zero."""
@@ -16,7 +51,7 @@ def clear_after(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         rows, width = 64, x[0].numel()
         experts = triton.next_power_of_2(len(counts))
         grid = (triton.cdiv(len(x), rows),)
-        _clear_after[grid](x, counts, len(counts), len(x), width, experts, rows, block_of(min(width, 256)))
+        _clear_after[grid](x, counts, len(counts), len(x), width, experts, rows, _block(min(width, 256)))
     return x
 
 
@@ -30,7 +65,7 @@ def swiglu(
     out = z.new_empty(len(z), z.shape[1] // 2)
     if len(z):
         width = out.shape[1]
-        options = width, scores is not None, num_rows is not None, block_of(width)
+        options = width, scores is not None, num_rows is not None, _block(width)
         _swiglu[(len(z),)](z, scores, out, num_rows, *gating, *options)
     return out
 
@@ -47,7 +82,7 @@ def swiglu_backward(
     d_scores = None if scores is None else torch.empty_like(scores)
     if len(z):
         width = d_act.shape[1]
-        options = width, scores is not None, num_rows is not None, block_of(width)
+        options = width, scores is not None, num_rows is not None, _block(width)
         _swiglu_backward[(len(z),)](
             d_act, z, scores, act, d_z, d_scores, num_rows, *gating, *options
         )
@@ -82,6 +117,52 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     if num_rows:
         _top_k[(triton.cdiv(num_rows, rows),)](scores, out, num_rows, num_columns, k, columns, rows)
     return out
+
+
+def _block(width: int) -> int:
+    return min(_MAX_BLOCK, triton.next_power_of_2(width))
+
+
+@triton.jit
+def _sum_rows(
+    y,
+    rows,
+    out,
+    width: tl.constexpr,
+    y_stride,
+    column_stride: tl.constexpr,
+    top_k: tl.constexpr,
+    block: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        total = tl.zeros([block], dtype=tl.float32)
+        for k in range(top_k):
+            row = tl.load(rows + token * top_k + k).to(tl.int64)
+            present = inside & (row >= 0)
+            at = y + row * y_stride + columns * column_stride
+            total += tl.load(at, present, other=0.0).to(tl.float32)
+        tl.store(out + token * width + columns, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _invert_rows(
+    rows,
+    scores,
+    tokens,
+    by_row,
+    size,
+    top_k: tl.constexpr,
+    block: tl.constexpr,
+):
+    choice = tl.program_id(0) * block + tl.arange(0, block)
+    inside = choice < size
+    row = tl.load(rows + choice, inside)
+    tl.store(tokens + row, choice // top_k, inside)
+    if scores is not None:
+        tl.store(by_row + row, tl.load(scores + choice, inside), inside)
 
 
 @triton.jit
@@ -252,6 +333,25 @@ def _swiglu_backward(
         tl.store(at + width, d_up.to(d_z.dtype.element_ty), inside)
     if weighted:
         tl.store(d_scores + row, tl.sum(d_score))
+
+
+@triton.jit
+def _take_rows(
+    x,
+    index,
+    out,
+    width: tl.constexpr,
+    x_stride: tl.constexpr,  # known, since what it divides by decides how wide loads are
+    column_stride: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row).to(tl.int64)
+    for start in range(0, width, block):
+        columns = start + tl.arange(0, block)
+        inside = columns < width
+        at = x + source * x_stride + columns * column_stride
+        tl.store(out + row * width + columns, tl.load(at, inside & (source >= 0), other=0), inside)
 
 
 @triton.jit

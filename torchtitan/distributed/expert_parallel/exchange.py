@@ -16,7 +16,7 @@ import torch
 
 from torchtitan.distributed.comm import is_fake
 from torchtitan.distributed.expert_parallel import float8_message
-from torchtitan.ops.rows import regroup, sum_rows
+from torchtitan.ops.rows import sum_rows
 from torchtitan.routing import Alignment, RowOrder, once, repeats, take
 
 _SCORE_BYTES = 16
@@ -55,7 +55,7 @@ def exchange_counts(counts: torch.Tensor, num_ranks: int, group: str) -> Callabl
 
     def receive() -> Counts:
         received = landed(flying)
-        return received, torch.stack([sent, received]).sum(2).cpu()
+        return received, torch.stack([sent.sum(1), received.sum(1)]).cpu()
 
     return lambda: once(receive)
 
@@ -107,12 +107,22 @@ class Exchange:
     @classmethod
     def of(cls, received: torch.Tensor, splits: Splits, in_float8: bool) -> "Exchange":
         """From received (ranks, e), rows that each rank has for each local expert."""
-        return cls(splits, *regroup(received, sum(splits.num_received)), in_float8)
+        total = sum(splits.num_received)
+        return cls(splits, _regroup(received, total), _regroup(received.T, total), in_float8)
 
     def aligned(self, alignment: Alignment) -> "Exchange":
         """The same rows with gaps between the groups of experts."""
         by_expert, by_rank = alignment.spread(self.by_expert), alignment.moved(self.by_rank)
         return replace(self, by_expert=by_expert, by_rank=by_rank, gaps=True)
+
+
+def _regroup(counts: torch.Tensor, total: int) -> torch.Tensor:
+    """Rows lie in runs of counts (a, b), b varying fastest: the index that puts a fastest, int32."""
+    sizes = counts.T.flatten()
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).T.flatten()
+    shift = starts - (sizes.cumsum(0) - sizes)
+    rows = torch.arange(total, device=counts.device)
+    return (rows + shift.repeat_interleave(sizes, output_size=total)).int()
 
 
 @dataclass(frozen=True)

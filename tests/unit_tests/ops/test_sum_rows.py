@@ -1,9 +1,9 @@
-"""Sums of each token's rows, what each row is of, and runs regrouped; Triton's on GPUs too."""
+"""Sums of each token's rows, and what each row is of; Triton's on GPUs too."""
 
 import pytest
 import torch
 
-from torchtitan.ops.rows import invert_rows, regroup, sum_rows
+from torchtitan.ops.rows import invert_rows, sum_rows
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -40,28 +40,3 @@ def test_each_row_is_told_its_token_and_score(device, num_tokens, num_gaps, weig
     assert (by_row is not None) == weighted
     if weighted:
         assert torch.equal(by_row[rows], scores) and (by_row[tokens < 0] == 0).all()
-
-
-COUNTS = {
-    "one run": [[5]],
-    "one rank": [[3, 0, 4, 1]],
-    "one expert": [[2], [0], [7]],
-    "empty runs": [[0, 0, 0], [0, 2, 0], [0, 0, 0]],
-    "none": [[0, 0], [0, 0]],
-    "uneven": [[1, 9000, 0, 17], [3, 2, 5000, 0], [0, 0, 0, 1]],
-}
-
-
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_runs_are_regrouped(device, counts):
-    runs, end = {}, 0
-    for outer, sizes in enumerate(counts):
-        for inner, size in enumerate(sizes):
-            runs[inner, outer] = range(end, end + size)
-            end += size
-    expected = [row for place in sorted(runs) for row in runs[place]]
-    order, inverse = regroup(torch.tensor(counts, device=device), end)
-    assert order.dtype == inverse.dtype == torch.int32
-    assert order.tolist() == expected
-    assert order[inverse].tolist() == list(range(end))
