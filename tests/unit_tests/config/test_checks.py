@@ -170,6 +170,16 @@ COMBINATIONS = [
     ("checkpoint.last_save_in_hf", "--checkpoint.last_save_in_hf", HF_SAVE),
     ("checkpoint.last_save_in_hf", f"{HF_SAVE} --checkpoint.load_only", HF_SAVE),
     (
+        "checkpoint.initial_load_path",
+        "--checkpoint.initial_load_path a",
+        "--checkpoint.initial_load_path a --checkpoint.enable",
+    ),
+    (
+        "checkpoint.load_step",
+        "--checkpoint.load_step 4",
+        "--checkpoint.load_step 4 --checkpoint.enable",
+    ),
+    (
         "quantize.linear.float8.emulate",
         f"{FLOAT8} --quantize.linear.float8.emulate {COMPILED}",
         f"--quantize.linear.float8.emulate {COMPILED}",
