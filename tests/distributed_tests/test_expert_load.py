@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed_tests.test_training import COMMON, TENSOR, build, records, run
+from tests.distributed_tests.test_training import COMMON, TENSOR, VALIDATION, build, records, run
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.trainer import Trainer
 
@@ -77,6 +77,16 @@ def test_every_layout_tells_the_same(expected, tmp_path, name):
     loads = [sum(counts[i : i + 8 // ep]) for i in range(0, 8, 8 // ep)]
     assert found[3]["moe/layers.1/max_rank_load"] == pytest.approx(max(loads) * ep / sum(counts))
     assert ("moe/layers.1/received_mib" in found[3]) == (ep > 1)
+
+
+def test_validation_is_not_counted_and_training_counts_on_after_it(expected, tmp_path):
+    """Tokens that are only looked at move no balance bias, and so no later loss."""
+    changes = {"training.local_batch_size": 12, "validation.freq": 1, "validation.steps": 1}
+    found, *_ = run(tmp_path, **MOE | VALIDATION | changes)
+    for step, record in expected[2].items():
+        for key, value in record.items():
+            if key == "loss" or key.startswith("moe/"):
+                assert found[step][key] == value, (step, key)
 
 
 def test_the_rows_that_a_rank_receives_are_told(tmp_path):
