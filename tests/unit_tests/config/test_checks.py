@@ -247,6 +247,11 @@ NOT_BUILT_COMBINATIONS = [
         "--parallelism.enable_async_tensor_parallel",
     ),
     (
+        "parallelism.enable_async_tensor_parallel",
+        "sequence parallelism, which is off",
+        f"--parallelism.enable_async_tensor_parallel {COMPILED} --parallelism.no_enable_sequence_parallel",
+    ),
+    (
         "parallelism.pipeline_parallel_microbatch_size",
         "does not divide",
         "--parallelism.pipeline_parallel_degree 2"
@@ -256,7 +261,7 @@ NOT_BUILT_COMBINATIONS = [
 
 
 @pytest.mark.parametrize(
-    ("key", "reason", "wrong"), NOT_BUILT_COMBINATIONS, ids=[c[0] for c in NOT_BUILT_COMBINATIONS]
+    ("key", "reason", "wrong"), NOT_BUILT_COMBINATIONS, ids=[c[2] for c in NOT_BUILT_COMBINATIONS]
 )
 def test_combinations_of_what_is_not_built(key, reason, wrong):
     faults = check_config(load_config(wrong.split()))
