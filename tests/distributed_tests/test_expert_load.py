@@ -17,6 +17,7 @@ MOE = {
     "model.flavor": "debugmodel",
     "model.overrides.moe.num_experts": 8,
     "model.overrides.moe.ffn_dim": 16,
+    "moe.global_balance_coeff": 1e-2,
     "training.steps": 3,
 }
 LAYOUTS = {
@@ -30,43 +31,51 @@ BY_RANK = ("max_rank_load", "received_mib")
 
 
 def count(settings):
-    """Statistics of the last step by what the routers chose in it."""
+    """Statistics of the last step by what the routers chose in it; state beside counts of all steps."""
     trainer = build(settings, Trainer)
     router = trainer.model.parts[0].layers["1"].moe.router
     router.record = []
     trainer.run()
     tokens = settings["training.global_batch_size"] * settings["training.seq_len"]
-    ids = torch.cat(router.record)[-tokens:]
-    counts = ids.flatten().bincount(minlength=8).tolist()
+    of_steps = [ids.flatten().bincount(minlength=8) for ids in torch.cat(router.record).split(tokens)]
+    counts = of_steps[-1].tolist()
     shares = [n / sum(counts) for n in counts if n]
-    bias = trainer.model.parts[0].layers["1"].moe.expert_bias
+    moe = trainer.model.parts[0].layers["1"].moe
     return {
         "max_expert_load": max(counts) / (sum(counts) / 8),
         "max_rank_load": 1.0,
         "entropy": -sum(share * math.log(share) for share in shares) / math.log(8),
         "unused_experts": counts.count(0),
-        "bias_norm": bias.norm().item(),
-    }, counts
+        "bias_norm": moe.expert_bias.norm().item(),
+    }, counts, (moe.expert_bias, moe.previous_load, of_steps)
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     settings = COMMON | MOE | {"job.dump_folder": folder, "training.local_batch_size": 12}
-    [(statistics, counts)] = run_ranks(count, 1, settings)
-    return statistics, counts, records(folder)
+    [(statistics, counts, steps)] = run_ranks(count, 1, settings)
+    return statistics, counts, records(folder), steps
 
 
 def test_one_process_tells_what_its_routers_chose(expected):
-    statistics, _, found = expected
+    statistics, _, found, _ = expected
     for name, value in statistics.items():
         assert found[3][f"moe/layers.1/{name}"] == pytest.approx(value, rel=1e-6), name
     assert not any("layers.0" in key for key in found[3])  # a dense layer
 
 
+def test_each_step_moves_biases_up_where_an_expert_had_too_few_tokens(expected):
+    """By 0.001, the flavor's coefficient: experts with the mean stay."""
+    *_, (bias, previous_load, of_steps) = expected
+    moves = [0.001 * (counts.double().mean() - counts).sign() for counts in of_steps]
+    assert len(moves) == 3 and bias.tolist() == pytest.approx(sum(moves).tolist())
+    assert torch.equal(previous_load, of_steps[-1])  # what the next step's loss on balance is of
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_tells_the_same(expected, tmp_path, name):
-    _, counts, reference = expected
+    _, counts, reference, _ = expected
     world_size, changes = LAYOUTS[name]
     found, *_ = run(tmp_path, world_size, **MOE, **changes)
     for step, record in reference.items():
