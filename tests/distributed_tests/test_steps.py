@@ -14,8 +14,10 @@ from tests.distributed_tests.test_training import (
     PP2,
     STEPS,
     TENSOR,
+    VALIDATION,
     RecordingTrainer,
     build,
+    by_step,
     records,
     run,
 )
@@ -34,11 +36,15 @@ RATES = [LR * factor for factor in (0.5, 1, 1, 0.75, 0.5, 0.25)]
 
 
 def run_and_repeat(settings):
-    """(weights at first, at last, the same by hand; losses and norms by hand) of a run on one process."""
+    """(weights at first, at last, the same by hand; losses, norms and the last validation by hand)."""
     trainer = build(settings, RecordingTrainer)
     trainer.run()
     [model] = trainer.model.parts
     weights = dict(model.named_parameters())
+    trainer.validation_loader.restart()
+    held_out = [next(trainer.validation_loader) for _ in range(2)]
+    logits = torch.cat([model(batch.tokens) for batch in held_out]).flatten(0, 1)
+    validation_loss = F.cross_entropy(logits, torch.cat([batch.labels for batch in held_out]).flatten()).item()
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(trainer.initial[name])
@@ -52,7 +58,7 @@ def run_and_repeat(settings):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-    return trainer.initial, trainer.final, weights, losses, norms
+    return trainer.initial, trainer.final, weights, losses, norms, validation_loss
 
 
 def assert_near(found, expected, start):
@@ -62,8 +68,9 @@ def assert_near(found, expected, start):
 
 
 def test_a_run_is_what_a_loop_by_hand_makes_of_it(tmp_path):
-    settings = COMMON | SETTINGS | {"job.dump_folder": tmp_path, "training.local_batch_size": 12}
-    [(start, end, by_hand, losses, norms)] = run_ranks(run_and_repeat, 1, settings)
+    settings = COMMON | SETTINGS | VALIDATION | {"validation.steps": 2}
+    settings |= {"job.dump_folder": tmp_path, "training.local_batch_size": 12}
+    [(start, end, by_hand, losses, norms, held_out)] = run_ranks(run_and_repeat, 1, settings)
     found = records(tmp_path)
     assert list(found) == list(range(1, STEPS + 1))
     assert [record["loss"] for record in found.values()] == pytest.approx(losses, rel=1e-6)
@@ -71,6 +78,7 @@ def test_a_run_is_what_a_loop_by_hand_makes_of_it(tmp_path):
     assert [record["lr"] for record in found.values()] == pytest.approx(RATES, rel=1e-12)
     assert min(norms) < MAX_NORM < max(norms), norms
     assert_near(end, by_hand, start)
+    assert by_step(tmp_path)[STEPS]["validation_loss"] == pytest.approx(held_out, rel=1e-6)
 
 
 EP2 = {"parallelism.expert_parallel_degree": 2}
