@@ -41,6 +41,7 @@ def count(settings):
     counts = of_steps[-1].tolist()
     shares = [n / sum(counts) for n in counts if n]
     moe = trainer.model.parts[0].layers["1"].moe
+    assert moe.sequences_per_step == settings["training.global_batch_size"]
     return {
         "max_expert_load": max(counts) / (sum(counts) / 8),
         "max_rank_load": 1.0,
