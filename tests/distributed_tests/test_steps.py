@@ -4,6 +4,8 @@ Adam's updates hardly depend on the size of gradients, so that one that is clipp
 them. Here eps is so large that they are in proportion.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ RATES = [LR * factor for factor in (0.5, 1, 1, 0.75, 0.5, 0.25)]
 
 
 def run_and_repeat(settings):
-    """(weights at first, at last, the same by hand; losses, norms and the last validation by hand)."""
+    """(weights at first, at last, these by hand; losses, norms, last validation, labels by hand)."""
     trainer = build(settings, RecordingTrainer)
     trainer.run()
     [model] = trainer.model.parts
@@ -58,7 +60,8 @@ def run_and_repeat(settings):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-    return trainer.initial, trainer.final, weights, losses, norms, validation_loss
+    valid = [int((batch.labels >= 0).sum()) for batch in trainer.batches]
+    return trainer.initial, trainer.final, weights, losses, norms, validation_loss, valid
 
 
 def assert_near(found, expected, start):
@@ -70,12 +73,13 @@ def assert_near(found, expected, start):
 def test_a_run_is_what_a_loop_by_hand_makes_of_it(tmp_path):
     settings = COMMON | SETTINGS | VALIDATION | {"validation.steps": 2}
     settings |= {"job.dump_folder": tmp_path, "training.local_batch_size": 12}
-    [(start, end, by_hand, losses, norms, held_out)] = run_ranks(run_and_repeat, 1, settings)
+    [(start, end, by_hand, losses, norms, held_out, valid)] = run_ranks(run_and_repeat, 1, settings)
     found = records(tmp_path)
     assert list(found) == list(range(1, STEPS + 1))
     assert [record["loss"] for record in found.values()] == pytest.approx(losses, rel=1e-6)
     assert [record["grad_norm"] for record in found.values()] == pytest.approx(norms, rel=1e-5)
     assert [record["lr"] for record in found.values()] == pytest.approx(RATES, rel=1e-12)
+    assert [record["n_tokens_seen"] for record in found.values()] == list(accumulate(valid))
     assert min(norms) < MAX_NORM < max(norms), norms
     assert_near(end, by_hand, start)
     assert by_step(tmp_path)[STEPS]["validation_loss"] == pytest.approx(held_out, rel=1e-6)
