@@ -9,6 +9,7 @@ import torch
 
 from tests.distributed_tests.test_training import COMMON, TENSOR, VALIDATION, build, records, run
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.models.deepseek_v3 import FLAVORS
 from torchtitan.trainer import Trainer
 
 EXPERT = "parallelism.expert_parallel_degree"
@@ -87,6 +88,23 @@ def test_every_layout_tells_the_same(expected, tmp_path, name):
     loads = [sum(counts[i : i + 8 // ep]) for i in range(0, 8, 8 // ep)]
     assert found[3]["moe/layers.1/max_rank_load"] == pytest.approx(max(loads) * ep / sum(counts))
     assert ("moe/layers.1/received_mib" in found[3]) == (ep > 1)
+
+
+def totals(settings):
+    """Choices counted in the last step, by layer."""
+    trainer = build(settings, Trainer)
+    trainer.run()
+    return trainer.expert_load.counts.sum(1).tolist()
+
+
+@pytest.mark.parametrize("mode", [("full", "2"), ("selective", "op")], ids=str)
+def test_a_recomputation_counts_no_token_again(mode, tmp_path):
+    """Statistics are relative and biases follow signs: neither shows a count that is doubled."""
+    options = dict(zip(("activation_checkpoint.mode", "activation_checkpoint.selective_ac_option"), mode))
+    run_of_one = {"job.dump_folder": tmp_path, "training.local_batch_size": 12, "training.steps": 1}
+    [found] = run_ranks(totals, 1, COMMON | MOE | options | run_of_one)
+    top_k = FLAVORS["debugmodel"].moe.top_k
+    assert found == [COMMON["training.global_batch_size"] * COMMON["training.seq_len"] * top_k]
 
 
 def test_validation_is_not_counted_and_training_counts_on_after_it(expected, tmp_path):
