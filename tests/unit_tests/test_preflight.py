@@ -42,10 +42,15 @@ CASES = {
     "missing dataset": (["--training.dataset=c4_tset"], "Did you mean c4_test"),
     "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
     "unknown flavor": (["--model.flavor=9B"], "8B"),
+    "flavor in another case": (["--model.flavor=8b"], "Did you mean '8B'?"),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
     "ranks that do not divide": (
         ["--parallelism.data_parallel_replicate_degree=3"],
         "does not divide the 4 ranks",
+    ),
+    "ranks of a stage that do not divide": (
+        ["--parallelism.pipeline_parallel_degree=2", "--parallelism.data_parallel_replicate_degree=4"],
+        "does not divide the 2 that other degrees leave of 4. Use 1 or 2",
     ),
     "heads that do not divide": (
         ["--parallelism.tensor_parallel_degree=4", "--model.overrides.n_heads=2", "--model.overrides.n_kv_heads=2"],
@@ -64,6 +69,10 @@ CASES = {
     "missing checkpoint": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
         "no such folder",
+    ),
+    "weights of transformers in no folder": (
+        ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"],
+        "checkpoint.initial_load_in_hf = true (command line): tests/assets/tokenizer has no config.json",
     ),
     "seed of several ranks": (
         ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"],
