@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from torchtitan.checkpoint import storage
+from torchtitan.config.checks import is_positive_count
+from torchtitan.config.names import leaf_keys
+from torchtitan.config.schema import JobConfig
 from torchtitan.preflight import main
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
@@ -120,6 +123,18 @@ def test_mistakes_are_refused_with_one_message(name, tmp_path, monkeypatch, caps
     assert expected in printed
     assert "Traceback" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("- ")]) == 1, printed
+
+
+COUNTS = [key for key in leaf_keys(JobConfig()) if is_positive_count(key)]
+
+
+@pytest.mark.parametrize("value", ["0", "-7"])
+@pytest.mark.parametrize("key", COUNTS)
+def test_a_count_below_one_is_a_mistake(key, value, tmp_path, capsys):
+    stages = ["--parallelism.pipeline_parallel_degree=2"] if "per_stage" in key else []
+    assert main([*DEBUG, f"--job.dump_folder={tmp_path}", *stages, f"--{key}={value}"]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert key in [line.split()[1] for line in printed if line.startswith("- ")]
 
 
 RESUMED = {
