@@ -110,7 +110,7 @@ def _settle(
         raise ConfigError(faults)
     notes = []
     if (emulation := emulated(config)) != config:
-        notes.append("low precision: emulated, so memory and exchanges are those of the real one")
+        notes.append("low precision: emulated, so weights and exchanges are those of the real one")
         config = emulation
     config = replace(
         config,
