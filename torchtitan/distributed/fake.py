@@ -72,12 +72,12 @@ Ranks = tuple[int, ...]
 class CollectiveCounter(TorchDispatchMode):
     """Counts calls and bytes of collectives by their kind and ranks: what this rank puts in."""
 
+    supports_higher_order_operators = True
+
     def __init__(self):
         super().__init__()
         self.calls: dict[tuple[str, Ranks], int] = defaultdict(int)
         self.bytes: dict[tuple[str, Ranks], int] = defaultdict(int)
-
-    supports_higher_order_operators = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:

@@ -25,6 +25,8 @@ class LiveMemory(TorchDispatchMode):
     What operators take and free inside of themselves is not seen.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, held: Iterable[torch.Tensor]):
         super().__init__()
         self._sizes: dict[int, int] = {}
@@ -32,8 +34,6 @@ class LiveMemory(TorchDispatchMode):
         self._seeing = True
         for tensor in held:
             self._see(tensor.untyped_storage())
-
-    supports_higher_order_operators = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -54,11 +54,10 @@ class LiveMemory(TorchDispatchMode):
             finally:
                 self._seeing = True
 
-        with ExitStack() as stack:
-            # FSDP frees and refills gathered weights so, and no operator tells of it.
-            stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_see))
-            stack.enter_context(mock.patch.object(ShardingPropagator, _PROPAGATE, propagate_unseen))
-            self._patches = stack.pop_all()
+        self._patches = ExitStack()
+        # FSDP frees and refills gathered weights so, and no operator tells of it.
+        self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resize_and_see))
+        self._patches.enter_context(mock.patch.object(ShardingPropagator, _PROPAGATE, propagate_unseen))
         return super().__enter__()
 
     def __exit__(self, *error):
