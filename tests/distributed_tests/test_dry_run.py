@@ -146,6 +146,13 @@ def test_rows_travel_twice_each_way_and_counts_once(mode):
     assert exchanges == 3 * (5 if mode == "none" else 7)
 
 
+def test_compiled_blocks_may_hold_constants():
+    """As attention with sinks does."""
+    by_op = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
+    report = dry(SMALL | TP2 | by_op | {"model.name": "gpt_oss", "compile.enable": True}, 0, 2)
+    assert report.peak_bytes > sum(report.bytes.values())
+
+
 def test_512_ranks_are_no_more_work_than_one():
     layout = {"parallelism.expert_parallel_degree": 32} | TP2
     start = time.monotonic()
