@@ -159,4 +159,6 @@ def _not_a_divisor(setting: str, value: int, ranks: int, world_size: int, enough
     nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
     more = f", or start {enough} ranks, as NGPU={enough} ./run_train.sh does" if enough > world_size else ""
     remedy = f"Use {' or '.join(map(str, nearest))}{more}."
-    return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
+    left = f"the {ranks} that other degrees leave of {world_size}"
+    whose = f"the {ranks} ranks there are" if ranks == world_size else left
+    return Fault(setting, f"does not divide {whose}.", remedy, value=value)
