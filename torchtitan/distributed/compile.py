@@ -1,6 +1,5 @@
 """torch.compile, block by block: equal blocks share one compiled graph."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -26,8 +25,6 @@ def apply_compile(model: nn.Module, exchanging: Sequence[str], config: Compile, 
     # knows a graph by its mesh, would give one rank the code of another: losses are wrong from the second
     # start on (seen on 2.13 with a loss split over the vocabulary).
     torch.compiler.config.cache_key_tag = place
-    # It says only, at each start, that recomputation by operation must not meet operations in place.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     if "model" in config.components:
         for name in exchanging:
             layer = model.get_submodule(name)
