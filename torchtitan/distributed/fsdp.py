@@ -5,7 +5,7 @@ copies of its weights. Every reduction is a SUM: the loss is already divided by 
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
