@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint import storage
-from torchtitan.checkpoint.find import Progress, is_own, own_folder, read_progress
+from torchtitan.checkpoint.find import Progress, is_own, own_folder
+from torchtitan.checkpoint.fit import saved_tensors, takes_optimizer
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
@@ -80,11 +80,7 @@ class CheckpointManager:
             quantized = not own and self.config.initial_load_in_hf_quantized
             together(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
             return
-        weights_only = (
-            (not own and self.config.initial_load_model_only)
-            or "optimizer" in self.config.exclude_from_loading
-            or read_progress(checkpoint)["model_only"]
-        )
+        weights_only = not takes_optimizer(checkpoint, self.config, own)
         state: State = {"model": self.model_state()}
         if not weights_only:
             state["optimizer"] = dict(self.optimizer_state)
@@ -163,8 +159,7 @@ def find_altered(checkpoint: Path | None) -> str:
 
 def _missing(state: State, checkpoint: Path) -> set[str]:
     """Tensors of a state, by their names in checkpoints, that this one does not have."""
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {name for name, _ in _flattened(state)} - saved.keys()
+    return {name for name, _ in _flattened(state)} - saved_tensors(checkpoint).keys()
 
 
 @torch.no_grad()
