@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.checkpoint.find import Progress, read_progress
 from torchtitan.checkpoint.hf_pieces import mismatches
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.storage import MODEL
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import Checkpoint, Training
@@ -48,9 +49,9 @@ def check_weights(checkpoint: Path, model_config: Any) -> None:
     Statistics may begin anew.
     """
     found = {
-        name.removeprefix("model."): tensor.size
+        name.removeprefix(MODEL): tensor.size
         for name, tensor in saved_tensors(checkpoint).items()
-        if name.startswith("model.") and not name.endswith(".previous_load")
+        if name.startswith(MODEL) and not name.endswith(".previous_load")
     }
     with torch.device("meta"):
         built = model_config.build()

@@ -21,6 +21,7 @@ from torchtitan.checkpoint import storage
 from torchtitan.checkpoint.find import Progress, is_own, own_folder
 from torchtitan.checkpoint.fit import saved_tensors, takes_optimizer
 from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.storage import MODEL
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
     CheckpointWriter,
@@ -86,11 +87,11 @@ class CheckpointManager:
             state["optimizer"] = dict(self.optimizer_state)
         if missing := _missing(state, checkpoint):
             # Balance biases and loads are state of training: with new training they may begin anew.
-            anew = {f"model.{name}" for name in state["model"] if name not in self.optimizer_state}
+            anew = {MODEL + name for name in state["model"] if name not in self.optimizer_state}
             if not weights_only or not missing <= anew:
                 raise CheckpointFailed(f"{checkpoint} has no {', '.join(sorted(missing))}")
             logger.info(f"not in {checkpoint}, so they begin anew: {', '.join(sorted(missing))}")
-            state["model"] = {n: t for n, t in state["model"].items() if f"model.{n}" not in missing}
+            state["model"] = {n: t for n, t in state["model"].items() if MODEL + n not in missing}
         try:
             dcp.load(state, checkpoint_id=checkpoint)
         except CheckpointException as error:  # no Exception, which callers could not expect
