@@ -29,7 +29,7 @@ from torchtitan.checkpoint.manager import find_altered
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault, with_place
 from torchtitan.config.manager import load_config, located
-from torchtitan.config.names import nearest
+from torchtitan.config.names import unknown_value
 from torchtitan.config.schema import Checkpoint, Compile, JobConfig, Training, Validation
 from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.loader import position_faults
@@ -196,9 +196,7 @@ def _check_compiler(config: Compile) -> None:
         return
     known = torch.compiler.list_backends(exclude_tags=())
     if config.backend not in known:
-        near = nearest(config.backend, known)
-        remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
-        raise ConfigError([Fault("compile.backend", "no such name.", remedy, config.backend)])
+        raise ConfigError([unknown_value("compile.backend", config.backend, known)])
 
 
 def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> None:

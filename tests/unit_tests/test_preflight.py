@@ -39,7 +39,7 @@ CASES = {
     "corrupt tokenizer": (broken_tokenizer, "hf_assets_path"),
     "empty dataset": (empty_dataset, "training.dataset"),
     "dataset without text": (useless_dataset, "training.dataset"),
-    "missing dataset": (["--training.dataset=c4_tset"], "Did you mean c4_test"),
+    "missing dataset": (["--training.dataset=c4_tset"], 'Did you mean "c4_test"?'),
     "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
     "unknown flavor": (["--model.flavor=9B"], "8B"),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import leaf_keys, nearest
+from torchtitan.config.names import leaf_keys, unknown_value
 from torchtitan.config.not_built import refusals
 from torchtitan.config.optimizer_faults import optimizer_faults
 from torchtitan.config.schema import Checkpoint, JobConfig
@@ -138,9 +138,7 @@ def names_are_known(config: JobConfig) -> Iterator[Fault]:
         given = values[key] if isinstance(values[key], list) else [values[key]]
         for name in given:
             if name is not None and name not in choices:
-                near = nearest(name, choices)
-                remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(choices)}."
-                yield Fault(key, "no such name.", remedy, value=name)
+                yield unknown_value(key, name, choices)
 
 
 def max_norm_is_positive(config: JobConfig) -> Iterator[Fault]:

@@ -1,9 +1,11 @@
-"""What did the user mean by a key that does not exist? Present names of keys, old and misspelt."""
+"""What did the user mean by a name that does not exist? Present names of keys, and the nearest of values."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterable
 from typing import Any
+
+from torchtitan.config.faults import Fault
 
 RENAMED = {
     "checkpoint.enable_checkpoint": "checkpoint.enable",
@@ -106,6 +108,26 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
     """The most alike of the words; empty where none is alike."""
     return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)), "")
+
+
+def did_you_mean(value: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Advice for a value that is none of the known: the most alike, as TOML writes it, else `otherwise`."""
+    near = nearest(value, known)
+    return f'Did you mean "{near}"?' if near else otherwise
+
+
+def unknown_value(setting: str, value: str, known: Iterable[str]) -> Fault:
+    """The fault of a value that is none of the known."""
+    known = list(known)
+    remedy = did_you_mean(value, known, f"Known: {', '.join(known)}.")
+    return Fault(setting, "no such name.", remedy, value)
+
+
+def unknown_key(table: str, key: str, value: object, what: str, known: Iterable[str]) -> Fault:
+    """The fault of a key, of the table at this path, that is none of the known; `what` the table says."""
+    near = nearest(key, known)
+    remedy = f"Did you mean {near}?" if near else f"Keys: {', '.join(known)}."
+    return Fault(f"{table}.{key}", f"is not a key of {what}.", remedy, value)
 
 
 def _name(key: str) -> str:

@@ -1,6 +1,5 @@
 """Which sources does a dataset setting name?"""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.names import did_you_mean, unknown_key
 from torchtitan.data.indexed import IndexedSource, find_files, open_files
 from torchtitan.data.source import BadDocument, Dealing, Source
 from torchtitan.data.stream import StreamedSource, open_hub
@@ -94,22 +94,12 @@ def _named(dataset: str, dataset_path: str | None, section: str) -> SourceSpec:
         return spec if dataset_path is None else replace(spec, path=dataset_path, name=dataset)
     if dataset_path is None and find_files(dataset):
         return SourceSpec(path=dataset)
-    nearest = difflib.get_close_matches(dataset, REGISTERED, n=1)
-    hint = f"Did you mean {nearest[0]}? " if nearest else ""
+    reason = "is neither a registered dataset nor files that exist."
     remedy = (
-        f"{hint}Registered: {', '.join(REGISTERED)}; or name files, "
+        f"{did_you_mean(dataset, REGISTERED)} Registered: {', '.join(REGISTERED)}; or name files, "
         "or a table {name = 'owner/dataset'} for the Hub."
     )
-    raise ConfigError(
-        [
-            Fault(
-                f"{section}.dataset",
-                "is neither a registered dataset nor files that exist.",
-                remedy,
-                dataset,
-            )
-        ]
-    )
+    raise ConfigError([Fault(f"{section}.dataset", reason, remedy.lstrip(), dataset)])
 
 
 def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
@@ -119,9 +109,7 @@ def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
     faults = []
     for key, value in table.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            remedy = f"Did you mean {nearest[0]}?" if nearest else f"Keys: {', '.join(known)}."
-            faults.append(Fault(f"{where}.{key}", "is not a key of a source.", remedy, value))
+            faults.append(unknown_key(where, key, value, "a source", known))
         elif key == "weight":
             if (
                 isinstance(value, bool)

@@ -1,6 +1,5 @@
 """Finds a model family and flavor by name; a family is a module with a FLAVORS table."""
 
-import difflib
 import importlib
 import pkgutil
 from dataclasses import fields, is_dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchtitan import models
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.names import did_you_mean
 from torchtitan.models.hf_format import HFFormat
 
 
@@ -96,6 +96,5 @@ def _type_fault(path: str, declared: Any, present: Any, value: Any) -> Fault | N
 
 
 def _unknown(setting: str, value: Any, known: list[str]) -> Fault:
-    near = difflib.get_close_matches(str(value), known, n=1)
-    remedy = (f"Did you mean {near[0]!r}? " if near else "") + f"Known: {', '.join(known)}."
+    remedy = f"{did_you_mean(str(value), known)} Known: {', '.join(known)}.".lstrip()
     return Fault(setting, "no such name.", remedy, value=value)

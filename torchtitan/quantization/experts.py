@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
 from torchtitan.config.schema import JobConfig
 from torchtitan.ops.quantized_kernels import EMULATED, recipe_of
 from torchtitan.quantization.conversion import Conversion, alike
@@ -76,9 +76,9 @@ def _why_left(path: str, layer: nn.Module, parts: list[str], alignment: int) -> 
 
 
 def _matches_nothing(part: str, names: list[str], key: str) -> Fault:
-    near = nearest(part, sorted({end for name in names for end in (name, *name.split("."))}))
+    ends = {end for name in names for end in (name, *name.split("."))}
     kinds = ", ".join(dict.fromkeys(map(alike, names))) or "none"
-    remedy = f'Did you mean "{near}"?' if near else f"There are: {kinds}."
+    remedy = did_you_mean(part, sorted(ends), f"There are: {kinds}.")
     return Fault(key, "is in the name of no MoE layer's experts.", remedy, part)
 
 

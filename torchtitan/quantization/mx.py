@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
@@ -133,9 +133,8 @@ def _recipe_faults(config: JobConfig) -> Iterator[Fault]:
     """A fault where the recipe is none of those there are."""
     name = config.quantize.linear.mx.recipe_name
     if name not in RECIPES:
-        near = nearest(name, RECIPES)
-        remedy = f'Did you mean "{near}"? ' if near else ""
-        yield Fault(f"{NAME}.recipe_name", "no such recipe.", f"{remedy}Known: {', '.join(RECIPES)}.", name)
+        remedy = f"{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}.".lstrip()
+        yield Fault(f"{NAME}.recipe_name", "no such recipe.", remedy, name)
 
 
 def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
