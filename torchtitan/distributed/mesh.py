@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.near_numbers import nearest_divisors
 from torchtitan.config.schema import Parallelism
 
 T = TypeVar("T")
@@ -155,8 +156,6 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 def _not_a_divisor(setting: str, value: int, ranks: int, world_size: int, enough: int) -> Fault:
     """A degree that does not divide `ranks` of the world's; a world of `enough` would do."""
-    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
     more = f", or start {enough} ranks, as NGPU={enough} ./run_train.sh does" if enough > world_size else ""
-    remedy = f"Use {' or '.join(map(str, nearest))}{more}."
+    remedy = f"Use {nearest_divisors(ranks, value)}{more}."
     return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)

@@ -8,6 +8,7 @@ from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import did_you_mean
+from torchtitan.config.near_numbers import nearest_multiples
 from torchtitan.config.schema import JobConfig
 from torchtitan.ops.quantized_kernels import EMULATED, recipe_of
 from torchtitan.quantization.conversion import Conversion, alike
@@ -102,9 +103,9 @@ def _chunk_faults(config: JobConfig, name: str, recipe: str) -> Iterator[Fault]:
         remedy = 'Use 0, or quantize.grouped_mm.float8 with recipe_name = "rowwise_with_gw_hp".'
         yield Fault("moe.max_rows_per_chunk", reason, remedy, size)
     elif size % alignment:
-        near = " or ".join(str(n * alignment) for n in (size // alignment, size // alignment + 1) if n)
         reason = f"must be a multiple of {alignment} rows for {name}."
-        yield Fault("moe.max_rows_per_chunk", reason, f"Use {near}.", size)
+        remedy = f"Use {nearest_multiples(alignment, size)}."
+        yield Fault("moe.max_rows_per_chunk", reason, remedy, size)
 
 
 def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:
