@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from torchtitan.build import build_model
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
@@ -29,6 +29,7 @@ from torchtitan.distributed.context_parallel import sequence_part
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import global_grad_norm
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.distributed.local_parts import local_part, place_of
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
@@ -201,12 +202,8 @@ def _whole_gradient(parameter: nn.Parameter) -> torch.Tensor:
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
 
 
-def _shard(parameter: nn.Parameter) -> tuple[tuple[int, ...], bytes]:
-    if not isinstance(parameter, DTensor):
-        return (), parameter.detach().numpy().tobytes()
-    coordinates = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
-    place = tuple(-1 if isinstance(kind, Replicate) else index for index, kind in coordinates)
-    return place, parameter.to_local().detach().contiguous().numpy().tobytes()
+def _shard(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
+    return place_of(tensor), local_part(tensor).detach().contiguous().numpy().tobytes()
 
 
 def _rows(

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "torchtitan"
 LEAVES = {"config", "logging", "sequence_part", "sharding", "weight_map", "routing", "ops"}
-MESH = {"distributed.mesh", "distributed.comm"}
+MESH = {"distributed.mesh", "distributed.comm", "distributed.local_parts"}
 """What parts beside `distributed` may know of it: where a rank stands among the others."""
 MAY_IMPORT = {
     "models": LEAVES,

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint import storage
 from torchtitan.checkpoint.find import Progress, is_own, own_folder
@@ -31,6 +30,7 @@ from torchtitan.checkpoint.writer import (
     together,
 )
 from torchtitan.config.schema import Checkpoint
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.logging import logger
 
 Tensors = Mapping[str, torch.Tensor]
@@ -168,7 +168,7 @@ def _refuse_nonfinite(job: Job) -> None:
     """Raise NonFiniteState on all ranks where a value on any of them is not finite."""
     names, finite = [], []
     for name, tensor in _flattened(job.state):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         if local.is_floating_point() and local.numel():
             names.append(name)
             finite.append(torch.stack(local.aminmax()).isfinite().all())  # one pass, no copy

@@ -24,7 +24,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
-from torchtitan.distributed.mesh import Meshes, local_part
+from torchtitan.distributed.local_parts import local_part
+from torchtitan.distributed.mesh import Meshes
 from torchtitan.distributed.parameter_views import use_cast_parameters
 from torchtitan.sharding import EXPERT_HIDDEN_DIM
 
@@ -183,13 +184,11 @@ def fill_parameters(
             on_rows = [getattr(placement, "dim", None) == 0 for placement in parameter.placements]
             of_rows = [p if on else whole for p, on in zip(parameter.placements, on_rows)]
             of_rest = [whole if on else p for p, on in zip(parameter.placements, on_rows)]
-            part = draw(name, parameter.shape, _local_part(rows, mesh, of_rows))
-            parameter.to_local().copy_(_local_part(part, mesh, of_rest))
+            part = draw(name, parameter.shape, _part_of(rows, mesh, of_rows))
+            parameter.to_local().copy_(_part_of(part, mesh, of_rest))
 
 
-def _local_part(
-    whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]
-) -> torch.Tensor:
+def _part_of(whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) -> torch.Tensor:
     """What this rank holds of a tensor that all ranks have."""
     if all(placement.is_replicate() for placement in placements):
         return whole

@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Adam, AdamW
 
 from torchtitan.config.schema import Optimizer as OptimizerConfig
-from torchtitan.distributed.mesh import by_mesh
+from torchtitan.distributed.local_parts import by_mesh
 from torchtitan.optim.fused_adam import FusedAdam, FusedAdamW, takes
 from torchtitan.optim.groups import parameter_groups
 from torchtitan.optim.low_precision import LowPrecisionAdamW

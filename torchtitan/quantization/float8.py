@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import Fault
 from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.local_parts import with_local_part
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion, alike
 from torchtitan.quantization.hardware import hardware_faults
@@ -125,8 +126,5 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return getattr(tensor, "_tensor", tensor)  # of torchao's WeightWithDynamicFloat8CastTensor
     local = tensor.to_local()
-    if (inner := _plain(local)) is local:
-        return tensor
-    layout = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
-    shape = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(inner, **layout, run_check=False, **shape)
+    inner = _plain(local)
+    return tensor if inner is local else with_local_part(tensor, inner)
