@@ -20,7 +20,7 @@ def pipeline_faults(config: JobConfig, n_layers: int) -> Iterator[Fault]:
     parallelism, local = config.parallelism, config.training.local_batch_size
     size = parallelism.pipeline_parallel_microbatch_size
     layers = parallelism.pipeline_parallel_layers_per_stage or 1
-    # Single values are checked in checks.py, and so is that microbatches make up the batch.
+    # Single values are checked in bounds.py, and that microbatches make up the batch in checks.py.
     if parallelism.pipeline_parallel_degree == 1 or min(size, local, layers) < 1 or local % size:
         return
     plan = PipelinePlan(config, n_layers)
