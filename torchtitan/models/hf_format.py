@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.nested import value_at, with_value
 from torchtitan.models.hf_positions import read_positions, write_scaling
 from torchtitan.weight_map import Drop, OnlyOurs, Rename, Stack, Twin, WeightMap
 
@@ -129,7 +130,7 @@ def _decode(format: HFFormat, theirs: Mapping[str, Any]) -> Any:
             faults.append(Fault(name, "is missing."))
             continue
         try:
-            config = _put(config, field.ours, field.decode(value))
+            config = with_value(config, field.ours, field.decode(value))
         except ValueError as error:
             faults.append(Fault(name, f"{error}.", value=value))
     for name, value in format.fixed.items():
@@ -156,7 +157,7 @@ def _decode(format: HFFormat, theirs: Mapping[str, Any]) -> Any:
 
 def _encode(format: HFFormat, config: Any) -> dict[str, Any]:
     theirs = {"architectures": [format.architecture], "model_type": format.model_type}
-    theirs |= {name: field.encode(_get(config, field.ours)) for name, field in format.fields.items()}
+    theirs |= {name: field.encode(value_at(config, field.ours)) for name, field in format.fields.items()}
     theirs |= format.fixed
     # As transformers 4 names them: 5 reads these too, and so does other software.
     theirs["rope_theta"] = config.rope_theta
@@ -168,17 +169,6 @@ def _encode(format: HFFormat, config: Any) -> dict[str, Any]:
     if faults:
         raise ConfigError(faults)
     return theirs
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def _put(config: Any, path: str, value: Any) -> Any:
-    name, _, rest = path.partition(".")
-    return replace(config, **{name: _put(getattr(config, name), rest, value) if rest else value})
 
 
 def leading_layers(indices: Sequence[int]) -> int:

@@ -1,7 +1,6 @@
 """What converters of grouped experts have in common: which MoE layers they convert, and what forbids it."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -113,10 +112,3 @@ def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:
     if config.training.mixed_precision_param == "float32":
         reason = f"{name} multiplies in bfloat16."
         yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")
-
-
-def with_options(config: JobConfig, section: str, **options: Any) -> JobConfig:
-    """The config with other options in `quantize.grouped_mm.<section>`."""
-    grouped = config.quantize.grouped_mm
-    grouped = replace(grouped, **{section: replace(getattr(grouped, section), **options)})
-    return replace(config, quantize=replace(config.quantize, grouped_mm=grouped))

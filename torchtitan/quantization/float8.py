@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import Fault
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.local_parts import with_local_part
 from torchtitan.distributed.mesh import Degrees
@@ -113,8 +114,7 @@ def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterat
 
 def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
-    linear = replace(config.quantize.linear, float8=replace(config.quantize.linear.float8, emulate=True))
-    return replace(config, quantize=replace(config.quantize, linear=linear))
+    return with_value(config, f"{NAME}.emulate", True)
 
 
 def _unwrap(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:

@@ -5,7 +5,7 @@ a scale that is a power of two (OCP Microscaling Formats 1.0).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.names import did_you_mean
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
@@ -159,6 +160,4 @@ def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
     recipe = RECIPES[config.quantize.linear.mx.recipe_name]
     name = "mxfp8_emulated" if recipe.scaling == "floor" else "mxfp8_emulated_rceil"
-    mx = replace(config.quantize.linear.mx, recipe_name=name)
-    linear = replace(config.quantize.linear, mx=mx)
-    return replace(config, quantize=replace(config.quantize, linear=linear))
+    return with_value(config, f"{NAME}.recipe_name", name)
