@@ -105,10 +105,3 @@ def _chunk_faults(config: JobConfig, name: str, recipe: str) -> Iterator[Fault]:
         reason = f"must be a multiple of {alignment} rows for {name}."
         remedy = f"Use {nearest_multiples(alignment, size)}."
         yield Fault("moe.max_rows_per_chunk", reason, remedy, size)
-
-
-def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:
-    """A fault where products would not be in bfloat16, which is what hardware has."""
-    if config.training.mixed_precision_param == "float32":
-        reason = f"{name} multiplies in bfloat16."
-        yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")

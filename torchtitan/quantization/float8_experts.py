@@ -9,8 +9,8 @@ from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.experts import PRODUCTS, convert_experts, precision_faults
-from torchtitan.quantization.hardware import hardware_faults
+from torchtitan.quantization.experts import PRODUCTS, convert_experts
+from torchtitan.quantization.hardware import hardware_faults, precision_faults
 
 NAME = "quantize.grouped_mm.float8"
 CAPABILITY = (9, 0)

@@ -19,7 +19,7 @@ from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.hardware import hardware_faults
+from torchtitan.quantization.hardware import hardware_faults, precision_faults
 from torchtitan.quantization.library import torchao
 from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose, split_faults
 
@@ -146,9 +146,7 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
         return
     remedy = 'Use "mxfp8_emulated_rceil" to try a config out, slowly.'
     yield from hardware_faults(device, (10, 0), "MX products", key, options.recipe_name, remedy)
-    if config.training.mixed_precision_param == "float32":
-        reason = f"{options.recipe_name} of {NAME} casts from bfloat16."
-        yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")
+    yield from precision_faults(config, NAME)
 
 
 def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterator[Fault]:
