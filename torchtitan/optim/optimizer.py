@@ -73,7 +73,7 @@ def _build(
     if name == "Muon":
         return Muon(groups, config.lr, config.muon_momentum, config.muon_lr_adjustment, dtype)
     adams = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if name == "AdamW8bit" or config.bf16_stochastic_round:
+    if config.uses_torchao:
         return LowPrecisionAdamW(
             groups,
             **adams,
