@@ -14,6 +14,7 @@ from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.ops.top_k import top_k
 from torchtitan.ops.wide_linear import wide_linear
+from torchtitan.routing_decisions import keep
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TokenChoiceTopKRouter(nn.Module):
     def forward(self, x: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
         """x (T, D); correction_bias (E,) fp32 is added to scores for the choice only."""
         # Everything after `keep` is computed again from the same bits under recomputation.
-        logits = routing.keep(self._logits(x))
+        logits = keep(self._logits(x))
         if self.config.force_load_balance:
             ids = self._take_turns(logits)
         else:
