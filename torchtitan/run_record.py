@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 
 from torchtitan.checkpoint.find import Progress
-from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig, Training
+from torchtitan.config.toml_file import save_toml, to_json
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.model_parts import ModelParts
