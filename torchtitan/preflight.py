@@ -39,7 +39,7 @@ from torchtitan.distributed.async_tensor_parallel import check_async_tensor_para
 from torchtitan.distributed.comm import World, pick_device
 from torchtitan.distributed.expert_parallel.dispatchers import check_comm_backend
 from torchtitan.distributed.mesh import Degrees
-from torchtitan.distributed.plan import match
+from torchtitan.distributed.plan import styles_of
 from torchtitan.distributed.styles import local_widths
 from torchtitan.logging import init_logger
 from torchtitan.models.decoder import DecoderConfig
@@ -221,7 +221,7 @@ def check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -
     """What converters make can be split over the ranks there are."""
     with torch.device("meta"):
         whole = model.build()
-    conversions, styles = convert(whole, config), match(whole.parallel_plan(), whole)
+    conversions, styles = convert(whole, config), styles_of(whole.parallel_plan(), whole)
     split_regions = not degrees.route_own_tokens(config.parallelism.enable_sequence_parallel)
     widths = {
         name: local_widths(module.weight.shape, styles[name], degrees.tp, split_regions)

@@ -32,7 +32,7 @@ from torchtitan.checkpoint.hf_names import INDEX, SINGLE
 from torchtitan.checkpoint.hf_pieces import Piece, is_statistic, mismatches, only_ours, pieces
 from torchtitan.checkpoint.hf_reader import Box, read_boxes
 from torchtitan.checkpoint.storage import MODEL
-from torchtitan.checkpoint.writer import together
+from torchtitan.checkpoint.writer import on_all_ranks
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.models.hf_format import encode_config
 from torchtitan.models.registry import hf_formats
@@ -102,7 +102,7 @@ def save(
         dcp.save({MODEL.rstrip("."): state}, checkpoint_id=parts)
     work = partial(write, export, parts, folder, dtype, assets)
     if dist.is_initialized():
-        together(work)  # a rank that fails must not leave the others waiting
+        on_all_ranks(work)  # a rank that fails must not leave the others waiting
     else:
         work()
     if rank() == 0:

@@ -24,10 +24,10 @@ from torchtitan.checkpoint.storage import MODEL
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
     CheckpointWriter,
-    Job,
+    SaveJob,
     State,
     first_failure,
-    together,
+    on_all_ranks,
 )
 from torchtitan.config.schema import Checkpoint
 from torchtitan.distributed.local_parts import local_part
@@ -79,7 +79,7 @@ class CheckpointManager:
         own = is_own(checkpoint, self.folder)
         if is_folder(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
-            together(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
+            on_all_ranks(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
             return
         weights_only = not takes_optimizer(checkpoint, self.config, own)
         state: State = {"model": self.model_state()}
@@ -135,10 +135,10 @@ class CheckpointManager:
         job = self._job(0, {"model": self.model_state()}, progress, model_only=True)
         self.writer.write(job, in_background=False)
 
-    def _job(self, step: int, state: State, progress: Progress, model_only: bool) -> Job:
+    def _job(self, step: int, state: State, progress: Progress, model_only: bool) -> SaveJob:
         progress = progress | {"step": step, "model_only": model_only}
         manifest = {"progress": progress, "origin": self.origin}
-        return Job(self.folder, step, state, manifest, self.config.keep_latest_k)
+        return SaveJob(self.folder, step, state, manifest, self.config.keep_latest_k)
 
 
 def find_altered(checkpoint: Path | None) -> str:
@@ -147,13 +147,13 @@ def find_altered(checkpoint: Path | None) -> str:
     Every file is read in full by one of the ranks. Raises RuntimeError where the ranks do not see the
     same checkpoint.
     """
-    names = together(lambda: checkpoint and str(checkpoint))
+    names = on_all_ranks(lambda: checkpoint and str(checkpoint))
     if len(set(names)) > 1:
         raise RuntimeError(f"the ranks see different checkpoints: {sorted(set(map(str, names)))}")
     if checkpoint is None or not storage.has_manifest(checkpoint):  # others' folders have none
         return ""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    parts = together(lambda: storage.altered_files(checkpoint, rank, world_size))
+    parts = on_all_ranks(lambda: storage.altered_files(checkpoint, rank, world_size))
     altered = sorted(name for part in parts for name in part)
     return f"{', '.join(altered)} does not match its checksum" if altered else ""
 
@@ -164,7 +164,7 @@ def _missing(state: State, checkpoint: Path) -> set[str]:
 
 
 @torch.no_grad()
-def _refuse_nonfinite(job: Job) -> None:
+def _refuse_nonfinite(job: SaveJob) -> None:
     """Raise NonFiniteState on all ranks where a value on any of them is not finite."""
     names, finite = [], []
     for name, tensor in _flattened(job.state):
@@ -175,7 +175,7 @@ def _refuse_nonfinite(job: Job) -> None:
     flags = [flag.to(finite[0].device) for flag in finite]  # so that the device is waited for once
     passed = torch.stack(flags).tolist() if flags else []
     bad = [name for name, ok in zip(names, passed, strict=True) if not ok]
-    if found := sorted({name for part in together(lambda: bad[:3]) for name in part}):
+    if found := sorted({name for part in on_all_ranks(lambda: bad[:3]) for name in part}):
         raise NonFiniteState(f"step {job.step} is not saved: {', '.join(found)} not finite")
 
 

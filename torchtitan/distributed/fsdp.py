@@ -70,9 +70,9 @@ def apply_fsdp(
     """
     dense = meshes.dense
     pipelined = dense["pp"].size() > 1
-    by_itself = partial(_compute_by_itself, model, precision=precision, pipelined=pipelined)
+    compute_unsharded = partial(_compute_unsharded, model, precision=precision, pipelined=pipelined)
     if dense.size() == dense["pp"].size() and not offload:
-        by_itself([name for unit in units for name in unit])
+        compute_unsharded([name for unit in units for name in unit])
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
@@ -81,16 +81,16 @@ def apply_fsdp(
     mesh = _data_parallel(dense, "fsdp")
     of_experts = mesh if meshes.experts is None else _data_parallel(meshes.experts, "efsdp")
     weights = {w for name in experts for w in model.get_submodule(name).parameters()}
-    alone = not offload and _alone(of_experts, meshes)
-    if alone:
-        by_itself(experts, rest=False)
-    ignored = weights if alone else set()
+    experts_unsharded = not offload and _are_unsharded(of_experts, meshes)
+    if experts_unsharded:
+        compute_unsharded(experts, rest=False)
+    ignored = weights if experts_unsharded else set()
     shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads, ignored_params=ignored)
     placement = partial(_expert_placement, weights, of_experts.size(-1))
     for unit in units:
         frees = reshard == "always"
         frees |= reshard == "default" and not pipelined and unit is not units[-1]
-        if of_experts is not mesh and not alone:
+        if of_experts is not mesh and not experts_unsharded:
             for name in _inside(unit, experts):
                 module = model.get_submodule(name)
                 shard(module, mesh=of_experts, reshard_after_forward=frees, shard_placement_fn=placement)
@@ -112,13 +112,13 @@ def _inside(unit: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name.startswith(f"{part}.") for part in unit)]
 
 
-def _alone(of_experts: DeviceMesh, meshes: Meshes) -> bool:
-    """Whether one rank has a part of the experts, and all of its gradient: there is nothing to share."""
+def _are_unsharded(of_experts: DeviceMesh, meshes: Meshes) -> bool:
+    """Whether each expert is on one rank only, with all of its gradient: FSDP has nothing to do."""
     experts = meshes.experts
     return experts is not None and of_experts.size() == experts["etp"].size() == 1
 
 
-def _compute_by_itself(
+def _compute_unsharded(
     model: nn.Module, names: Sequence[str], precision: Precision, pipelined: bool, rest: bool = True
 ) -> None:
     """Have modules of `model` whose weights no other rank shares compute in the run's precision.

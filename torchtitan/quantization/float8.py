@@ -16,7 +16,7 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion, alike
 from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import HEAD, HIGH_PRECISION, Widths, choose, split_faults
+from torchtitan.quantization.linear import HEAD, HIGH_PRECISION, Widths, choose_layers, split_faults
 
 NAME = "quantize.linear.float8"
 FILTER = f"{NAME}.filter_fqns"
@@ -36,7 +36,7 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     if AUTO_FILTER in options.filter_fqns:
         gains = float8._auto_filter_for_recipe(recipe, [])  # no public name in 0.18
     tp = config.parallelism.tensor_parallel_degree
-    converted, left = choose(
+    converted, left = choose_layers(
         model, filters, partial(_why_left, gains), partial(_why_head_left, gains, tp), FILTER
     )
     settings = replace(

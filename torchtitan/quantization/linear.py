@@ -21,7 +21,7 @@ _ROUTER = "router.gate"
 """What routers' names end with."""
 
 
-def choose(
+def choose_layers(
     model: nn.Module, filters: Sequence[str], refuse: Refuse, refuse_head: Refuse, filter_key: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the Linear layers to convert; and of those to leave, with the reason of each.

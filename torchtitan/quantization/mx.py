@@ -21,7 +21,7 @@ from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
 from torchtitan.quantization.hardware import hardware_faults, precision_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose, split_faults
+from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose_layers, split_faults
 
 NAME = "quantize.linear.mx"
 FILTER = f"{NAME}.filter_fqns"
@@ -96,7 +96,7 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     if faults := list(_recipe_faults(config)):
         raise ConfigError(faults)
     options = config.quantize.linear.mx
-    converted, left = choose(
+    converted, left = choose_layers(
         model, options.filter_fqns, _too_odd, lambda head: HIGH_PRECISION, FILTER
     )
     product = torchao("prototype.moe_training.mxfp8_linear").mx_mm.apply
