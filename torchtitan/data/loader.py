@@ -12,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.data.batch import IGNORE_INDEX, Batch
+from torchtitan.data.batch import Batch
 from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.packing import PackedStream
 from torchtitan.data.slots import Slot
 from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.data.source import BadDocument, DataError, Source
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.logging import logger
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 _REPORTED = 10  # bad documents named by each stream; the rest are only counted
 _FRUITLESS = 100_000  # documents or epochs in a row without a single token: something is wrong

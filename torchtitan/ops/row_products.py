@@ -1,8 +1,7 @@
-"""Products in which a row's bits depend on its own values alone: on no other row, not on how many there
-are, nor on its place among them.
+"""Products in which a row's bits depend on its own values alone, and neither on other rows nor on its place.
 
-A plain product's do, on CPUs and GPUs: libraries choose kernels, and share out work, by shape. R rows,
-G groups, K and N widths.
+In a plain product they depend on both, on CPUs and GPUs: libraries choose kernels, and share out work, by
+shape. R rows, G groups, K and N widths.
 """
 
 from collections.abc import Iterator
