@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from torchtitan.ops.wide import wide_dtype, widened
+
 _CHUNK_BYTES = 2**31
 """Of logits at a time: large enough for products at full speed, small beside weights and activations."""
 
@@ -97,7 +99,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, products, differentiates):
         size = _chunk_size(weight, products.multiple)
         parts = list(zip(hidden.split(size), labels.split(size), strict=True))
-        wide = torch.promote_types(hidden.dtype, torch.float32) if len(parts) > 1 else None
+        wide = wide_dtype(hidden) if len(parts) > 1 else None
         for_hidden, for_weight = (differentiates and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if for_hidden else None
         d_weight = None
@@ -165,7 +167,7 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return triton_loss.cross_entropy_(logits, labels)
     valid = (labels != IGNORE_INDEX).unsqueeze(1)
     index = labels.unsqueeze(1).where(valid, 0)
-    log_softmax = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
+    log_softmax = torch.log_softmax(widened(logits), 1)
     losses = -log_softmax.gather(1, index).where(valid, 0).squeeze(1)
     gradient = log_softmax.exp_()
     gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from torchtitan.ops.wide import wide_dtype, widened
+
 ALIGNED = 16
 """CPUs multiply blocks whose rows and columns are multiples of this."""
 
@@ -67,12 +69,11 @@ def _multiply(
     a: torch.Tensor, matrix: torch.Tensor, rows: range, size: int, out: torch.Tensor
 ) -> None:
     """These rows of a by a matrix into those of out: `size` at a time, the last block zero-filled."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    matrix = _fill(matrix.to(wide), ALIGNED)
+    matrix = _fill(matrix.to(wide_dtype(a)), ALIGNED)
     with one_thread():
         for start in rows[::size]:
             part = slice(start, min(start + size, rows.stop))
-            block = _fill(a[part].to(wide), size)
+            block = _fill(widened(a[part]), size)
             out[part] = (block @ matrix)[: part.stop - part.start, : out.shape[1]]
 
 

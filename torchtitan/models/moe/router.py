@@ -13,6 +13,7 @@ from torchtitan import routing
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.ops.top_k import top_k
+from torchtitan.ops.wide import widened
 from torchtitan.ops.wide_linear import wide_linear
 from torchtitan.routing_decisions import keep
 
@@ -72,12 +73,12 @@ class TokenChoiceTopKRouter(nn.Module):
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         if not self.config.router_in_fp32:
-            return _wide(self.gate(x))
+            return widened(self.gate(x))
         weight, bias = self.gate.weight, self.gate.bias
         if x.dtype == weight.dtype == torch.bfloat16:
             logits = wide_linear(x, weight)
         else:
-            logits = F.linear(_wide(x), _wide(weight))
+            logits = F.linear(widened(x), widened(weight))
         return logits if bias is None else logits + bias
 
     def _choose(self, logits: torch.Tensor, correction_bias: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +117,3 @@ class TokenChoiceTopKRouter(nn.Module):
                 # They can all be zero.
                 top_scores = top_scores / (top_scores.sum(-1, keepdim=True) + 1e-20)
         return top_scores if config.route_scale == 1 else top_scores * config.route_scale
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
