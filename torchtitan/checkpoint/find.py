@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.checkpoint import storage
-from torchtitan.checkpoint.hf_run import is_folder
+from torchtitan.checkpoint.hf_run import is_hugging_face
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import Checkpoint
 from torchtitan.logging import logger
@@ -80,7 +80,7 @@ def _initial(path: Path, altered: Mapping[Path, str]) -> Path:
     if what:
         reason = f"is not a whole checkpoint: {what}." if path.is_dir() else "no such folder."
         remedy = "Give a folder like .../checkpoint/step-1000."
-        if is_folder(path):
+        if is_hugging_face(path):
             remedy = "Set checkpoint.initial_load_in_hf = true."
         elif whole := [own for own in storage.candidates(path) if not storage.damage(own)]:
             remedy = f"Use its newest checkpoint, {whole[0]}."

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from torchtitan.checkpoint.find import Progress, read_progress
 from torchtitan.checkpoint.hf_pieces import mismatches
-from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.hf_run import HuggingFace, is_hugging_face
 from torchtitan.checkpoint.storage import MODEL
 from torchtitan.config.batch_size import global_batch_size
 from torchtitan.config.faults import ConfigError, Fault
@@ -39,7 +39,7 @@ def takes_optimizer(checkpoint: Path, config: Checkpoint, own: bool) -> bool:
 
 def check_hugging_face(checkpoint: Path, hf: HuggingFace, config: Checkpoint, own: bool) -> None:
     """Raise ConfigError where a folder that is read as Hugging Face's is not one of this model."""
-    if is_folder(checkpoint) or (config.initial_load_in_hf and not own):
+    if is_hugging_face(checkpoint) or (config.initial_load_in_hf and not own):
         hf.check_load(checkpoint, config.initial_load_in_hf_quantized and not own)
 
 

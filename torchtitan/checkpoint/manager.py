@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.checkpoint import storage
 from torchtitan.checkpoint.find import Progress, is_own, own_folder
 from torchtitan.checkpoint.fit import saved_tensors, takes_optimizer
-from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.hf_run import HuggingFace, is_hugging_face
 from torchtitan.checkpoint.storage import MODEL
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
@@ -77,7 +77,7 @@ class CheckpointManager:
         """
         start = time.perf_counter()
         own = is_own(checkpoint, self.folder)
-        if is_folder(checkpoint):
+        if is_hugging_face(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
             on_all_ranks(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
             return
