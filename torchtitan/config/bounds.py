@@ -1,6 +1,6 @@
 """Which values can a key have by itself? Bounds of numbers, and names that are known.
 
-One table a rule, of the keys that it is for; checks.py says what values cannot work together.
+A table a rule, of the keys that it is for; checks.py has the rules that are for one key, or for several.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Can the values of a config work together? One named rule an invariant.
+"""Can the values of a config work, alone and together? One named rule an invariant.
 
-Bounds of single values are in bounds.py, rules that need the number of ranks in distributed/mesh.py, those
-of a model's shape in models/decoder.py (`update_from_config`), those of sources and tokenizers in data.
+Tables of bounds and names are in bounds.py, rules that need the number of ranks in distributed/mesh.py,
+those of a model's shape in models/decoder.py (`update_from_config`), those of sources and tokenizers in data.
 """
 
 import json

@@ -124,7 +124,7 @@ def unknown_value(setting: str, value: str, known: Iterable[str]) -> Fault:
 
 
 def unknown_key(table: str, key: str, value: object, what: str, known: Iterable[str]) -> Fault:
-    """The fault of a key, of the table at this path, that is none of the known; `what` the table says."""
+    """The fault of a key that is none of the known, in the table at a path; `what` says what that is."""
     near = nearest(key, known)
     remedy = f"Did you mean {near}?" if near else f"Keys: {', '.join(known)}."
     return Fault(f"{table}.{key}", f"is not a key of {what}.", remedy, value)

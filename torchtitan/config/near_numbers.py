@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 def nearest_numbers(working: Iterable[int], wanted: int) -> str:
-    """The two of those that work, or the one there is; empty where there is none."""
+    """Two of those that work, as "2 or 4", or the only one; empty where none does."""
     nearest = sorted(working, key=lambda n: abs(n - wanted))[:2]
     return " or ".join(map(str, sorted(nearest)))
 
