@@ -1,6 +1,6 @@
 """Train the small tokenizer of tests/assets/tokenizer: byte-level BPE, vocabulary 2048.
 
-    python scripts/train_tokenizer.py [--text tests/assets/c4_test/data.jsonl] [--output FOLDER] [--vocab-size N]
+    python scripts/train_tokenizer.py --output tests/assets/tokenizer [--text FILE.jsonl] [--vocab-size N]
 
 Works for other text as well: JSON lines with a "text" key. The result is a pair of Hugging Face files,
 tokenizer.json and tokenizer_config.json.
@@ -23,7 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, default=ASSETS / "c4_test" / "data.jsonl")
-    parser.add_argument("--output", type=Path, default=ASSETS / "tokenizer")
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, default=2048)
     args = parser.parse_args()
 

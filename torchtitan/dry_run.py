@@ -7,7 +7,9 @@ counted. Neither a GPU nor data nor a tokenizer is needed.
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -23,10 +25,13 @@ from torchtitan.distributed.fake import CollectiveCounter, fake_ranks, skip_vote
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import clip_factor, global_grad_norm
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.distributed.live_memory import LiveMemory
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
-from torchtitan.models.decoder import DecoderConfig
+from torchtitan.models.attention_mask import Documents
+from torchtitan.models.decoder import Decoder, DecoderConfig
+from torchtitan.ops.cross_entropy import EXACT, both_sides, chunked_linear_cross_entropy
 from torchtitan.optim.optimizer import build_optimizer, take_step
 from torchtitan.optim.state import held_tensors
 from torchtitan.preflight import check_converted, checked_model
@@ -34,6 +39,8 @@ from torchtitan.quantization.converters import emulated
 
 CPU = torch.device("cpu")
 SECONDS_A_STAGE = 600
+_COMPILER = "aot_eager_decomp_partition"
+"""Keeps for backward what torch's default keeps, and writes no code."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class StageReport:
     num_parameters: int
     bytes: dict[str, int]
     """Of weights, gradients and optimizer state."""
+    peak_bytes: int
+    """The most that all tensors together hold in forward and backward."""
     traffic: list[Traffic]
 
 
@@ -101,15 +110,13 @@ def _settle(
         raise ConfigError(faults)
     notes = []
     if (emulation := emulated(config)) != config:
-        notes.append("low precision: emulated, so memory and exchanges are those of the real one")
+        notes.append("low precision: emulated, so weights and exchanges are those of the real one")
         config = emulation
-    if config.compile.enable:
-        notes.append("compile.enable: True -> False")
     config = replace(
         config,
         training=replace(config.training, global_batch_size=batch_size),
         parallelism=without_gpus(config.parallelism, notes),
-        compile=replace(config.compile, enable=False),
+        compile=replace(config.compile, backend=_COMPILER),
     )
     return config, model, degrees, notes
 
@@ -138,9 +145,13 @@ def _be(
         axes = _axis_names(degrees.meshes("cpu"))
         expert_load = ExpertLoad(model, model_config, degrees, config.parallelism)
         batch = _empty_batch(config, degrees).cut(sequence_part(config.parallelism, degrees, rank))
+        rows = range(len(batch.tokens))
+        for part in model.parts:
+            _count_as_on_gpus(part)
 
-        def step() -> list[torch.Tensor]:
-            loss = model.forward_backward(batch, range(len(batch.tokens)), 1, config.training)
+        def step(memory: AbstractContextManager) -> list[torch.Tensor]:
+            with memory:
+                loss = model.forward_backward(batch, rows, 1, config.training)
             norm, _ = global_grad_norm(model.parameters(), loss, degrees.stage_size)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             take_step(optimizer, clip_factor(norm, config.training.max_norm))
@@ -152,23 +163,40 @@ def _be(
         counter = CollectiveCounter()
         with fake, loss_layout(degrees.tp, config.parallelism):
             optimizer = build_optimizer(model.named_parameters(), config.optimizer, precision.compute)
-            step()  # the first one makes what later ones have
+            step(nullcontext())  # the first one makes what later ones have
+            moments = list(held_tensors(optimizer.state))
+            weights = list(model.parameters())
+            copies = [copy.tensor for weight in weights if (copy := cast_copy(weight)) is not None]
+            memory = LiveMemory(map(_local, [*weights, *copies, *moments]))
             with counter:
-                gradients = step()
-        moments = list(held_tensors(optimizer.state))
-        weights = list(model.parameters())
-        copies = [copy.tensor for weight in weights if (copy := cast_copy(weight)) is not None]
+                gradients = step(memory)
         sizes = {"weights": [*weights, *copies], "gradients": gradients, "optimizer state": moments}
         return StageReport(
             rank,
             sum(_local(weight).numel() for weight in weights),
             {name: sum(_local(t).nbytes for t in tensors) for name, tensors in sizes.items()},
+            memory.peak,
             [
                 Traffic(axes[ranks], kind, calls, counter.bytes[kind, ranks])
                 for (kind, ranks), calls in counter.calls.items()
                 if len(ranks) > 1
             ],
         )
+
+
+def _count_as_on_gpus(part: Decoder) -> None:
+    """Where GPUs have kernels that take less memory than a CPU's: attention with masks, and the loss."""
+
+    def documents(lengths: list[list[int]], device: torch.device) -> Documents | None:
+        found = Decoder.documents(part, lengths, device)
+        return found and replace(found, masks=dict.fromkeys(found.masks))
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, needs_gradient: bool):
+        return torch.empty_like(labels, dtype=torch.float32), both_sides(logits, needs_gradient)
+
+    part.documents = documents
+    if part.output is not None and part.output.loss is chunked_linear_cross_entropy:
+        part.output.loss = partial(part.output.loss, products=replace(EXACT, loss=loss))
 
 
 def _empty_batch(config: JobConfig, degrees: Degrees) -> Batch:
@@ -198,7 +226,13 @@ def _lines(report: StageReport) -> Iterator[str]:
     parts = ", ".join(f"{name} {size:.2f}" for name, size in gib.items())
     yield (
         f"rank {report.rank} holds {report.num_parameters:,} parameters: "
-        f"{sum(gib.values()):.2f} GiB ({parts}), activations and gathered weights aside"
+        f"{sum(gib.values()):.2f} GiB ({parts})"
+    )
+    kept = gib["weights"] + gib["optimizer state"]
+    peak = report.peak_bytes / 2**30
+    yield (
+        f"  {peak:.2f} GiB where forward and backward hold most: {peak - kept:.2f} of activations, "
+        "gradients and gathered weights beside weights and optimizer state"
     )
     yield f"  {'axis':12} {'collective':16} {'calls':>7} {'MiB':>12}   in a step"
     for row in sorted(report.traffic, key=lambda row: (row.axis, row.kind)):

@@ -26,6 +26,7 @@ from torchtitan.checkpoint.fit import (
 )
 from torchtitan.checkpoint.hf_run import HuggingFace
 from torchtitan.checkpoint.manager import find_altered
+from torchtitan.config.bounds import is_positive_count
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault, with_place
 from torchtitan.config.manager import load_config, located
@@ -133,8 +134,13 @@ def prepare(
 
 
 def checked_model(config: JobConfig) -> tuple[DecoderConfig | None, list[Fault]]:
-    """The model of a config, if there can be one, and what is wrong with both."""
+    """The model of a config, if there can be one, and what is wrong with both.
+
+    Raises ConfigError where there is no telling, for counts that all else divides by are none.
+    """
     faults = list(check_config(config))
+    if any(is_positive_count(fault.setting) for fault in faults):
+        raise ConfigError(faults)
     if config.experimental.custom_import:
         faults += _import(config.experimental.custom_import)
     refused = [fault.value for fault in faults if fault.setting == "model.converters"]

@@ -1,9 +1,12 @@
-"""A dry run tells what real ranks do: parameters, bytes, collectives by kind and axis."""
+"""A dry run tells what real ranks do: parameters, memory, collectives by kind and axis."""
 
 import time
+from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from tests.distributed_tests.test_training import COMMON, build
 from torchtitan import dry_run
@@ -11,6 +14,7 @@ from torchtitan.config.faults import ConfigError
 from torchtitan.config.manager import load_config
 from torchtitan.distributed.fake import CollectiveCounter
 from torchtitan.distributed.launch import run_ranks
+from torchtitan.optim.state import held_tensors
 from torchtitan.trainer import Trainer
 
 SMALL = COMMON | {"training.local_batch_size": 6}
@@ -26,8 +30,23 @@ MOE = {
 }
 
 
+LARGER = SMALL | {"model.overrides.dim": 128, "model.overrides.ffn_dim": 256, "training.seq_len": 128}
+RECOMPUTED = {"activation_checkpoint.mode": "full"}
+COMPILED = {"compile.enable": True, "compile.backend": dry_run._COMPILER}
+EP2 = MOE | {"debug.moe_force_load_balance": True}
+MLA = {
+    "model.name": "deepseek_v3",
+    "model.overrides.n_heads": 4,
+    "model.overrides.n_kv_heads": 4,
+    "training.seq_len": 512,
+    "training.global_batch_size": 2,
+    "training.local_batch_size": 2,
+    "debug.moe_force_load_balance": True,
+}
+
+
 def arguments(settings):
-    return [f"--{key}={value}" for key, value in settings.items()]
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in settings.items()]
 
 
 def be_one(settings, rank, world_size):
@@ -75,12 +94,63 @@ def test_real_ranks_do_what_a_dry_run_says(tmp_path, world_size, layout):
         assert said == sorted((kind, *numbers) for (kind, _), numbers in counts.items())
 
 
+class MeasuringTrainer(Trainer):
+    def _forward_backward(self, batch, num_tokens):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = super()._forward_backward(batch, num_tokens)
+        events = profiler.profiler.kineto_results.events()
+        memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        self.peak = max(accumulate(size for _, size in memory))
+        return loss
+
+
+def measure(settings):
+    """The most bytes in use in a second step's forward and backward, by PyTorch's allocator."""
+    trainer = build(settings, MeasuringTrainer)
+    trainer.run()
+    held = [*trainer.model.parameters(), *held_tensors(trainer.optimizer.state)]
+    return trainer.peak + sum(dry_run._local(tensor).nbytes for tensor in held)
+
+
+def be_one_on_cpus(settings, rank, world_size):
+    with mock.patch.object(dry_run, "_count_as_on_gpus"):
+        return be_one(settings, rank, world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout", "least", "most"),
+    [
+        (1, {}, 0.99, 1.01),
+        (1, RECOMPUTED, 0.99, 1.01),
+        (1, COMPILED, 0.99, 1.01),
+        (2, {}, 0.99, 1.01),
+        (2, TP2, 0.9, 1.01),  # gloo lets go of what it sent when it comes to it
+        (2, PP2, 0.98, 1.05),
+        (2, EP2, 0.9, 1.01),  # but for what experts take and free inside of their operator
+        (1, MLA, 0.9, 1.01),
+    ],
+    ids=["one", "recomputed", "compiled", "fsdp2", "tp2", "pp2", "ep2", "mla"],
+)
+def test_memory_is_what_real_ranks_take(tmp_path, world_size, layout, least, most):
+    settings = LARGER | layout | {"job.dump_folder": tmp_path, "training.steps": 2}
+    taken = run_ranks(measure, world_size, settings, timeout=120)[0]
+    said = run_ranks(be_one_on_cpus, 1, settings, 0, world_size, timeout=120)[0].peak_bytes
+    assert least < said / taken < most
+
+
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_rows_travel_twice_each_way_and_counts_once(mode):
     """Also where layers are recomputed: but for the rows, which are sent again with full recomputation."""
     report = dry(SMALL | MOE | {"activation_checkpoint.mode": mode}, 0, 4)
     [exchanges] = [row.calls for row in report.traffic if row.kind == "all_to_all"]
     assert exchanges == 3 * (5 if mode == "none" else 7)
+
+
+def test_compiled_blocks_may_hold_constants():
+    """As attention with sinks does."""
+    by_op = {"activation_checkpoint.mode": "selective", "activation_checkpoint.selective_ac_option": "op"}
+    report = dry(SMALL | TP2 | by_op | {"model.name": "gpt_oss", "compile.enable": True}, 0, 2)
+    assert report.peak_bytes > sum(report.bytes.values())
 
 
 def test_512_ranks_are_no_more_work_than_one():

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from torchtitan.checkpoint import storage
+from torchtitan.config.checks import is_positive_count
+from torchtitan.config.names import leaf_keys
+from torchtitan.config.schema import JobConfig
 from torchtitan.preflight import main
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
@@ -42,10 +45,15 @@ CASES = {
     "missing dataset": (["--training.dataset=c4_tset"], 'Did you mean "c4_test"?'),
     "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
     "unknown flavor": (["--model.flavor=9B"], "8B"),
+    "flavor in another case": (["--model.flavor=8b"], "Did you mean '8B'?"),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
     "ranks that do not divide": (
         ["--parallelism.data_parallel_replicate_degree=3"],
         "does not divide the 4 ranks",
+    ),
+    "ranks of a stage that do not divide": (
+        ["--parallelism.pipeline_parallel_degree=2", "--parallelism.data_parallel_replicate_degree=4"],
+        "does not divide the 2 that other degrees leave of 4. Use 1 or 2",
     ),
     "heads that do not divide": (
         ["--parallelism.tensor_parallel_degree=4", "--model.overrides.n_heads=2", "--model.overrides.n_kv_heads=2"],
@@ -64,6 +72,10 @@ CASES = {
     "missing checkpoint": (
         ["--checkpoint.enable", "--checkpoint.initial_load_path=/no/where"],
         "no such folder",
+    ),
+    "weights of transformers in no folder": (
+        ["--checkpoint.enable", "--checkpoint.initial_load_in_hf"],
+        "checkpoint.initial_load_in_hf = true (command line): tests/assets/tokenizer has no config.json",
     ),
     "seed of several ranks": (
         ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint"],
@@ -111,6 +123,18 @@ def test_mistakes_are_refused_with_one_message(name, tmp_path, monkeypatch, caps
     assert expected in printed
     assert "Traceback" not in printed
     assert len([line for line in printed.splitlines() if line.startswith("- ")]) == 1, printed
+
+
+COUNTS = [key for key in leaf_keys(JobConfig()) if is_positive_count(key)]
+
+
+@pytest.mark.parametrize("value", ["0", "-7"])
+@pytest.mark.parametrize("key", COUNTS)
+def test_a_count_below_one_is_a_mistake(key, value, tmp_path, capsys):
+    stages = ["--parallelism.pipeline_parallel_degree=2"] if "per_stage" in key else []
+    assert main([*DEBUG, f"--job.dump_folder={tmp_path}", *stages, f"--{key}={value}"]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert key in [line.split()[1] for line in printed if line.startswith("- ")]
 
 
 RESUMED = {

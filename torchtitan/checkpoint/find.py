@@ -54,6 +54,10 @@ def find_checkpoint(
         if what := (altered or {}).get(path):
             remedy = f"Move {path / storage.MANIFEST} away if you have changed the files yourself."
             raise ConfigError([Fault("checkpoint.initial_load_in_hf", f"{path}: {what}.", remedy, True)])
+        if not is_hugging_face(path):
+            reason = f"{path} has no config.json, which every folder of transformers' weights has."
+            remedy = "Name such a folder in checkpoint.initial_load_path."
+            raise ConfigError([Fault("checkpoint.initial_load_in_hf", reason, remedy, True)])
         return path
     if config.initial_load_path is None:
         return None

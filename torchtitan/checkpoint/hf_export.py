@@ -157,11 +157,13 @@ def _refuse_others(export: Export, reader: FileSystemReader) -> None:
         zeros = [name for name, rule in export.left_out.items() if rule.must_be_zero]
         boxes = {MODEL + n: Box((0,) * len(found[n]), tuple(found[n])) for n in zeros}
         tensors = read_boxes(boxes, reader, dict.fromkeys(boxes, torch.float32))
-        faults += [
-            Fault(n, f"is not zero in {reader.path}: {export.left_out[n].reason}.")
-            for n in zeros
-            if tensors[MODEL + n].any()
-        ]
+        trained: dict[str, list[str]] = {}
+        for name in zeros:
+            if tensors[MODEL + name].any():
+                trained.setdefault(export.left_out[name].reason, []).append(name)
+        for reason, (name, *others) in trained.items():
+            more = f", and {len(others)} more are not" if others else ""
+            faults.append(Fault(name, f"is not zero in {reader.path}{more}: {reason}."))
     if faults:
         raise ConfigError(faults)
 

@@ -93,6 +93,11 @@ CHOICES = {
 """Keys, or lists of them, whose values upstream left open and that know only these."""
 
 
+def is_positive_count(key: str) -> bool:
+    """Whether other rules may divide by a key's value, or make as many of something."""
+    return LEAST.get(key, 0) >= 1 or key in AT_LEAST_ONE_OR_ALL
+
+
 def counts_are_large_enough(config: JobConfig) -> Iterator[Fault]:
     values = leaf_keys(config)
     for key, least in LEAST.items():

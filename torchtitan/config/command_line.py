@@ -64,7 +64,9 @@ def merge_options(config: Any, options: Sequence[Option]) -> tuple[Any, list[Fau
     faults: list[Fault] = []
     typed: list[Option] = []
     for option in options:
-        if any(option.key.startswith(f"{table}.") for table in tables):
+        if not option.words[0].startswith("--"):
+            faults.append(_unknown(option, known))
+        elif any(option.key.startswith(f"{table}.") for table in tables):
             if len(option.values) == 1:
                 value = _toml_value(option.values[0])
                 config = _with_entry(config, option.key.split("."), value)
@@ -133,7 +135,8 @@ def _toml_value(word: str) -> Any:
 def _unknown(option: Option, known: dict[str, Any]) -> Fault:
     typed = option.words[0].partition("=")[0]
     if not typed.startswith("--"):
-        remedy = "Options are --section.key value; text with spaces needs quotes."
+        remedy = f"Did you mean --{typed}? " if option.key in known else ""
+        remedy += "Options are --section.key value; text with spaces needs quotes."
         return Fault(typed, "belongs to no option.", remedy, source=SOURCE)
     return Fault(typed, "no such option.", suggest(option.key, known), source=SOURCE)
 

@@ -106,8 +106,10 @@ def suggest(unknown: str, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
-    """The most alike of the words; empty where none is alike."""
-    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)), "")
+    """The most alike of the words, in whatever case; empty where none is alike."""
+    spelt = {known.lower(): known for known in words}
+    near = difflib.get_close_matches(word.lower(), list(spelt), n=1, cutoff=cutoff)
+    return spelt[near[0]] if near else ""
 
 
 def did_you_mean(value: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -26,6 +26,8 @@ class NotBuilt:
     """Keys, or sections, without effect while the switches are off: accepted whatever they say."""
     refused: tuple[Any, ...] | None = None
     """The values refused; None is every value but the default."""
+    instead: str = ""
+    """What serves in its place."""
 
 
 NOT_BUILT = (
@@ -42,6 +44,7 @@ NOT_BUILT = (
         PLANNED,
         ("memory_estimation.enable",),
         ("memory_estimation.disable_fake_mode",),
+        instead="A dry run predicts memory: COMM_MODE=fake_backend ./run_train.sh.",
     ),
     NotBuilt(
         "this model family",
@@ -87,4 +90,5 @@ def refusals(config: JobConfig) -> Iterator[Fault]:
             for one in given:
                 if one in row.refused if row.refused else one != default:
                     reason = f"{row.feature} is not built ({row.status})."
-                    yield Fault(key, reason, f"Use {json.dumps(default)}.", one)
+                    remedy = f"Use {json.dumps(default)}. {row.instead}".rstrip()
+                    yield Fault(key, reason, remedy, one)

@@ -47,7 +47,7 @@ def _schedule_faults(plan: PipelinePlan) -> Iterator[Fault]:
         reason = "runs a schedule from a file, and none is given."
         yield Fault(f"{_KEY}schedule", reason, f"Set {_KEY}schedule_csv, or use {known}.", name)
     elif name.lower() not in SCHEDULES:
-        near = nearest(name.lower(), SCHEDULES)
+        near = nearest(name, SCHEDULES)
         remedy = f'Did you mean "{SCHEDULES[near].name}"? ' if near else ""
         yield Fault(f"{_KEY}schedule", "no such name.", f"{remedy}Known: {known}.", name)
 

@@ -7,6 +7,7 @@ fails where a recomputed block holds DTensors ("expected ... Tensors, got ... De
 """
 
 import functools
+import logging
 import types
 from collections import defaultdict
 from collections.abc import Sequence
@@ -61,12 +62,18 @@ def checkpoint_by_op(
     """
     if config.mode != "selective" or config.selective_ac_option != "op":
         return
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_no_advice)
     options = _options(config)
     shapes = _recomputed_shapes(model.layers, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
     by_op = options | {"context_fn": functools.partial(_save_by_op, shapes)}
     for name, block in model.layers.items():
         exchanges = any(layer.startswith(f"layers.{name}.") for layer in exchanging)
         _checkpoint(block.attention if exchanges else block, by_op)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """Torch advises every run of compiled blocks (2.13) not to work in place: ours do not."""
+    return "context_fn is passed to torch.utils.checkpoint" not in str(record.msg)
 
 
 def checkpoint_blocks(blocks: nn.ModuleDict, config: ActivationCheckpoint) -> None:

@@ -1,6 +1,6 @@
 """Ranks that are not there: process groups without peers, and a count of what would be sent to them.
 
-FakeTensorMode and the fake backend have no public names; checked on torch 2.13.
+FakeTensorMode, the fake backend and functorch's config have no public names; checked on torch 2.13.
 """
 
 from collections import defaultdict
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import DTensor
@@ -44,7 +45,9 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[FakeTensorMode]:
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield FakeTensorMode(allow_non_fake_inputs=True)
+        # Backward is compiled with forward: what torch puts off it copies, and fails at fake constants.
+        with functorch_config.patch(force_non_lazy_backward_lowering=True):
+            yield FakeTensorMode(allow_non_fake_inputs=True)
     finally:
         dist.destroy_process_group()
 
@@ -69,10 +72,17 @@ Ranks = tuple[int, ...]
 class CollectiveCounter(TorchDispatchMode):
     """Counts calls and bytes of collectives by their kind and ranks: what this rank puts in."""
 
+    supports_higher_order_operators = True
+
     def __init__(self):
         super().__init__()
         self.calls: dict[tuple[str, Ranks], int] = defaultdict(int)
         self.bytes: dict[tuple[str, Ranks], int] = defaultdict(int)
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Compiled code may run inside of it."""
+        return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):

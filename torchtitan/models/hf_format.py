@@ -210,7 +210,7 @@ DECODER_WEIGHTS: WeightMap = (
     Drop(f"{_LAYER}.self_attn.rotary_emb.inv_freq", "follows from the config"),
     OnlyOurs(
         "layers.{layer}.moe.expert_bias",
-        "the family has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
+        "transformers' model has no balance bias; model.overrides.moe.load_balance_coeff = 0.0 trains none",
     ),
     OnlyOurs("layers.{layer}.moe.previous_load", "a statistic of training", must_be_zero=False),
 )

@@ -165,9 +165,11 @@ def _title(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> str:
+    alike: dict[str, list[torch.Tensor]] = {}  # those of several meshes are groups of their own
+    for group in optimizer.param_groups:
+        scale = f" and {group['lr_scale']:g} times the learning rate" if group["lr_scale"] != 1 else ""
+        alike.setdefault(f"weight decay {group['weight_decay']:g}{scale}", []).extend(group["params"])
     return ", ".join(
-        f"{len(group['params'])} tensors ({sum(p.numel() for p in group['params']):,} parameters) "
-        f"with weight decay {group['weight_decay']:g}"
-        + (f" and {group['lr_scale']:g} times the learning rate" if group["lr_scale"] != 1 else "")
-        for group in optimizer.param_groups
+        f"{len(tensors)} tensors ({sum(p.numel() for p in tensors):,} parameters) with {settings}"
+        for settings, tensors in alike.items()
     )

@@ -177,6 +177,8 @@ def test_values_of_the_wrong_type_in_a_file(line, expects, tmp_path):
         ("--compile.enable=true", "Write --compile.enable, or --compile.no_enable."),
         ("--no-compile.enable", "--no-compile.enable (command line): no such option."),
         ("stray --training.steps 3", "stray (command line): belongs to no option."),
+        ("training.steps 3", "training.steps (command line): belongs to no option. Did you mean --training.steps?"),
+        ("model.overrides.dim 3", "model.overrides.dim (command line): belongs to no option."),
         ("--model.overrides 4", 'model.overrides = "4" (command line): expects a table.'),
         ("--model.overrides.n_layers", "model.overrides.n_layers (command line): needs one value."),
         ("--training.dataset {path=", "expects a string or a table or a list of tables."),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import tokenizers
@@ -26,6 +28,15 @@ def test_shipped_tokenizer_has_2048_tokens_and_loses_nothing():
     ids = TOKENIZER.encode(text)
     assert (ids[0], ids[-1]) == (TOKENIZER.bos_id, TOKENIZER.eos_id)
     assert TOKENIZER.decode(ids[1:-1]) == text
+
+
+def test_training_one_replaces_none_unasked(tmp_path):
+    script = [sys.executable, str(ASSETS.parents[1] / "scripts" / "train_tokenizer.py")]
+    unasked = subprocess.run([*script, "--vocab-size=300"], capture_output=True, text=True)
+    assert unasked.returncode == 2 and "--output" in unasked.stderr
+    subprocess.run([*script, f"--output={tmp_path}"], check=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (ASSETS / "tokenizer" / name).read_bytes()
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -1,4 +1,4 @@
-"""Attention with sinks equals a softmax with one more score, in value and in every gradient."""
+"""Attention equals its definition, with sinks a softmax with one more score, in value and in every gradient."""
 
 import pytest
 import torch
@@ -39,6 +39,24 @@ def test_sinks_take_their_share_of_the_softmax(pattern, scale):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad((out * weights).sum(), tensors)
     wanted = torch.autograd.grad((expected * weights).sum(), tensors)
+    for ours, theirs in zip(grads, wanted, strict=True):
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+
+
+def test_values_narrower_than_keys_keep_no_scores():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 64, HEADS, width, generator=generator, requires_grad=True) for width in (6, 6, 4)
+    )
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        out = attend(q, k, v, None)
+    assert max(kept) == q.numel()
+    scores = torch.einsum("blhc,bmhc->bhlm", q, k) * 6**-0.5
+    scores = scores.masked_fill(torch.ones(64, 64).triu(1).bool(), float("-inf"))
+    expected = torch.einsum("bhlm,bmhv->blhv", scores.softmax(-1), v)
+    torch.testing.assert_close(out, expected)
+    grads, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
     for ours, theirs in zip(grads, wanted, strict=True):
         assert (ours - theirs).norm() < 1e-6 * theirs.norm()
 

@@ -117,6 +117,13 @@ def test_building_and_stepping_leave_a_parameter_without_gradients_alone(name, i
     assert not torch.equal(model["emb"].weight, before["emb.weight"])
 
 
+def test_groups_of_several_meshes_are_described_as_one():
+    optimizer = build_optimizer(make_model().named_parameters(), CONFIG)
+    (group,) = optimizer.param_groups
+    optimizer.param_groups[:] = [group | {"params": group["params"][:3]}, group | {"params": group["params"][3:]}]
+    assert describe_optimizer(optimizer) == "AdamW: 7 tensors (80 parameters) with weight decay 0.1"
+
+
 def test_no_decay_exempts_what_its_patterns_match():
     model = make_model()
     optimizer = build_optimizer(
