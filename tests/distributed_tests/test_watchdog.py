@@ -1,6 +1,7 @@
 """Is the rank that stops a run named in time, with its step and phase, and do all processes end?"""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,20 @@ def _state(rank: int, **told) -> RankState:
 def test_the_strongest_evidence_decides(told, odd):
     states = [_state(rank, **words) for rank, words in enumerate(told)]
     assert judge(states, now=101.0).odd_ranks == odd
+
+
+@pytest.mark.parametrize(
+    "complaints, number",
+    [
+        (["interrupted (SIGINT)", ""], signal.SIGINT),
+        (["told to end (SIGTERM)", "interrupted (SIGINT)"], signal.SIGINT),
+        (["told to end (SIGTERM)", "told to end (SIGTERM)"], signal.SIGTERM),
+        (["told to end (SIGTERM)", "no progress for 4 s"], 0),
+    ],
+)
+def test_an_end_that_was_asked_for_is_told_from_a_failure(complaints, number):
+    states = [_state(rank, complaint=words) for rank, words in enumerate(complaints)]
+    assert judge(states, now=101.0).ended_by == number
 
 
 def _processes_of(dump_folder: Path) -> list[str]:

@@ -60,6 +60,16 @@ def find_checkpoint(
     return _initial(Path(config.initial_load_path), altered or {})
 
 
+def what_is_left(config: Checkpoint, dump_folder: Path) -> str:
+    """What a run that ends in the middle says of how to go on."""
+    if not config.enable or config.load_only:
+        key = "load_only = true" if config.enable else "enable = false"
+        return f"nothing of it is saved (checkpoint.{key})"
+    if saved := storage.candidates(own_folder(config, dump_folder)):
+        return f"the same command goes on from {saved[0]}"
+    return "there is no checkpoint yet, and the same command begins anew"
+
+
 def own_folder(config: Checkpoint, dump_folder: Path) -> Path:
     """Where a run's checkpoints are."""
     return dump_folder / config.folder
