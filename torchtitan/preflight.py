@@ -107,7 +107,7 @@ def prepare(
         faults += check_tokenizer(tokenizer, model.vocab_size)
     attempt(_check_data, config)
     places = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
-    checkpoint = attempt(find_checkpoint, config.checkpoint, *places, altered)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, *places, altered, config)
     hf = model and HuggingFace(config.model.name, model, places[1])
     if hf and checkpoint:
         attempt(_check_hugging_face_load, hf, config, checkpoint)

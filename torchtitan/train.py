@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 if __name__ == "__main__":  # what is imported now takes seconds: Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -65,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     dump_folder, timeout = config.job.dump_folder, config.comm.init_timeout_seconds
     make_deterministic(config.debug)
     init_process_group(config.comm, dump_folder, device)
-    farewell = partial(what_is_left, config.checkpoint, Path(dump_folder))
+    farewell = partial(what_is_left, config)
     with Watchdog(world, timeout, dump_folder, not resumable, farewell) as watchdog:
         try:
             check_agreement(config)
