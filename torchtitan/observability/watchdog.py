@@ -260,9 +260,10 @@ class _Patrol(threading.Thread):
         """End a frozen rank of this launcher, which would else wait 30 s for it."""
         if state.host != self._state.host or state.launcher_pid != self._state.launcher_pid:
             return
-        status = Path(f"/proc/{state.pid}/status")
-        if status.exists() and f"PPid:\t{os.getppid()}\n" in status.read_text():
-            os.kill(state.pid, signal.SIGKILL)
+        # A process that has ended meanwhile may have left its number to another: the handle has not.
+        with suppress(OSError), os.fdopen(os.pidfd_open(state.pid)) as handle:
+            if f"PPid:\t{os.getppid()}\n" in Path(f"/proc/{state.pid}/status").read_text():
+                signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
 
 
 def _say(text: str) -> None:
