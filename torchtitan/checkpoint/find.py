@@ -100,6 +100,11 @@ def read_progress(checkpoint: Path) -> Progress:
     return storage.read_manifest(checkpoint)["progress"]
 
 
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """The config, as tables, of the run that has saved a checkpoint."""
+    return storage.read_manifest(checkpoint)["origin"]["config"]
+
+
 def _goes_on(checkpoint: Path, load_step: int, config: JobConfig | None) -> bool:
     """Whether a run with this load_step may start from a checkpoint: that step, or its own later one."""
     step = storage.step_of(checkpoint)
@@ -109,13 +114,13 @@ def _goes_on(checkpoint: Path, load_step: int, config: JobConfig | None) -> bool
 def _made_by(config: JobConfig, checkpoint: Path) -> bool:
     """Whether a run with this config has saved it; a seed or batch size that is left open may be any."""
     try:
-        theirs = storage.read_manifest(checkpoint)["origin"]["config"]
+        theirs = read_config(checkpoint)
     except (OSError, ValueError, KeyError):  # damaged, or of an earlier version
         return False
     ours = json.loads(json.dumps(asdict(config)))  # lists for tuples, as in a manifest
     for section, key, open_value in (("debug", "seed", None), ("training", "global_batch_size", -1)):
         if ours[section][key] == open_value:
-            ours[section][key] = theirs[section][key]
+            ours[section][key] = theirs.get(section, {}).get(key)
     return all(theirs.get(name) == ours[name] for name in ours.keys() - BESIDE_TRAINING)
 
 
