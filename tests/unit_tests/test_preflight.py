@@ -47,6 +47,14 @@ CASES = {
     "unknown flavor": (["--model.flavor=9B"], "8B"),
     "flavor in another case": (["--model.flavor=8b"], "Did you mean '8B'?"),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
+    "override of what a key sets": (
+        ["--model.overrides.seq_len=64"],
+        "model.overrides.seq_len = 64 (command line): training.seq_len sets it in every run. Write training.seq_len.",
+    ),
+    "override of what a key sets for experts": (
+        ["--model.name=llama4", "--model.overrides.moe.router_z_coeff=0.1"],
+        "model.overrides.moe.router_z_coeff = 0.1 (command line): moe.router_z_coeff sets it",
+    ),
     "ranks that do not divide": (
         ["--parallelism.data_parallel_replicate_degree=3"],
         "does not divide the 4 ranks",

@@ -23,10 +23,8 @@ quantization_config router_aux_loss_coef seq_aux tokenizer_class torch_dtype tra
 use_cache"""
 """Fields that do not change logits in evaluation mode, or that the reader of weights looks at."""
 
-_RUNTIME = {"seq_len", "attn_type", "attn_mask_type", "force_load_balance", "experts_backend"}
-_RUNTIME |= {"max_rows_per_chunk", "load_balance_coeff", "sequence_balance_coeff"}
-_RUNTIME |= {"global_balance_coeff", "router_z_coeff"}
-"""Fields of ours that say how a model is computed or trained, not what it is."""
+_RUNTIME = {"attn_type", "attn_mask_type", "load_balance_coeff"}
+"""Fields of ours that say how a model is computed or trained, not what it is: beside what the run sets."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, 
         return
     for field in fields(config):
         ours, theirs = getattr(config, field.name), getattr(other, field.name)
-        if field.name in _RUNTIME or ours == theirs:
+        if field.name in _RUNTIME or "set_by" in field.metadata or ours == theirs:
             continue
         inner = f"{path}.{field.name}".removeprefix(".")
         if is_dataclass(ours):
