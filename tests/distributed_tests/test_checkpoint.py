@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -95,7 +96,10 @@ def save_with(folder, steps, options):
 
 
 def save_last(folder):
-    save(folder, [7], last=7, export_dtype="bfloat16")
+    m = manager(folder, 7.0, export_dtype="bfloat16")
+    weights = m.model_state()
+    m.model_state = lambda: weights | {"expert_bias": torch.full([2], 0.001)}
+    m.save(7, {"seed": 1}, last=True)
 
 
 def load_excluding(folder, checkpoint):
@@ -107,6 +111,10 @@ def test_the_last_save_holds_the_weights_alone(tmp_path):
     last = tmp_path / "checkpoint" / "step-7"
     assert read_progress(last)["model_only"]
     assert run_ranks(load, 1, tmp_path, last) == [(7.0, 0.0)]
+    saved = FileSystemReader(last).read_metadata().state_dict_metadata
+    dtypes = {name: tensor.properties.dtype for name, tensor in saved.items()}
+    # In bfloat16 a bias would no longer move by small steps.
+    assert dtypes == {"model.weight": torch.bfloat16, "model.expert_bias": torch.float32}
 
 
 def test_the_optimizer_can_be_excluded(tmp_path):

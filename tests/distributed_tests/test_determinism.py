@@ -57,11 +57,12 @@ def test_two_runs_have_the_same_bits(tmp_path, name):
 
 
 def test_a_seed_that_was_drawn_is_written_down_and_repeats_the_run(tmp_path):
+    """On two ranks: one that drew a seed of its own would have other weights and other data."""
     one_step = {"training.steps": 1}
     seeds, curves = [], []
     for folder, seed in (("first", "None"), ("second", "None"), ("again", None)):
         seed = seeds[0] if seed is None else seed
-        curve, *_ = run(tmp_path / folder, **one_step, **{"debug.seed": seed})
+        curve, *_ = run(tmp_path / folder, 2, **one_step, **{"debug.seed": seed})
         seeds.append(tomli.loads((tmp_path / folder / "config.toml").read_text())["debug"]["seed"])
         curves.append(curve[1]["loss"])
     first, second, again = zip(seeds, curves)

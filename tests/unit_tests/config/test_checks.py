@@ -170,6 +170,16 @@ COMBINATIONS = [
     ("checkpoint.last_save_in_hf", "--checkpoint.last_save_in_hf", HF_SAVE),
     ("checkpoint.last_save_in_hf", f"{HF_SAVE} --checkpoint.load_only", HF_SAVE),
     (
+        "checkpoint.initial_load_path",
+        "--checkpoint.initial_load_path a",
+        "--checkpoint.initial_load_path a --checkpoint.enable",
+    ),
+    (
+        "checkpoint.load_step",
+        "--checkpoint.load_step 4",
+        "--checkpoint.load_step 4 --checkpoint.enable",
+    ),
+    (
         "quantize.linear.float8.emulate",
         f"{FLOAT8} --quantize.linear.float8.emulate {COMPILED}",
         f"--quantize.linear.float8.emulate {COMPILED}",
@@ -237,6 +247,11 @@ NOT_BUILT_COMBINATIONS = [
         "--parallelism.enable_async_tensor_parallel",
     ),
     (
+        "parallelism.enable_async_tensor_parallel",
+        "sequence parallelism, which is off",
+        f"--parallelism.enable_async_tensor_parallel {COMPILED} --parallelism.no_enable_sequence_parallel",
+    ),
+    (
         "parallelism.pipeline_parallel_microbatch_size",
         "does not divide",
         "--parallelism.pipeline_parallel_degree 2"
@@ -246,7 +261,7 @@ NOT_BUILT_COMBINATIONS = [
 
 
 @pytest.mark.parametrize(
-    ("key", "reason", "wrong"), NOT_BUILT_COMBINATIONS, ids=[c[0] for c in NOT_BUILT_COMBINATIONS]
+    ("key", "reason", "wrong"), NOT_BUILT_COMBINATIONS, ids=[c[2] for c in NOT_BUILT_COMBINATIONS]
 )
 def test_combinations_of_what_is_not_built(key, reason, wrong):
     faults = check_config(load_config(wrong.split()))

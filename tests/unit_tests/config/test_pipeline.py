@@ -91,6 +91,14 @@ REFUSED = [
         "parallelism.module_fqns_per_model_part",
         "layers.2 is in no stage",
     ),
+    (
+        {
+            "module_fqns_per_model_part": [[FIRST, *layers(0, 1, 2)], [*layers(3, 4, 5), *LAST]],
+            "layers_per_stage": 4,
+        },
+        "layers_per_stage",
+        "module_fqns_per_model_part says which stages there are. Leave it unset.",
+    ),
     ({"schedule_csv": "/no/such.csv"}, "schedule_csv", "No such file"),
     (
         {"schedule": "DualPipeV", "expert_parallel_degree": 2},

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from torchtitan.models import attention, attention_mask
 from torchtitan.models.attention import attend
-from torchtitan.models.attention_mask import Documents, Pattern
+from torchtitan.models.attention_mask import Documents, Pattern, _block_mask, _rule, _varlen_mask
 
 CPU = torch.device("cpu")
 LENGTH, HEADS, GROUPS, CHANNELS = 9, 4, 2, 6
@@ -73,3 +74,49 @@ def test_bfloat16_stays_bfloat16():
     wide = attend(q.float(), k.float(), v.float(), None, sinks=sinks.float())
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
+
+
+DOCUMENTS = [[4, 5], [9]]
+PATTERNS = [Pattern(), Pattern(window=3), Pattern(chunk=4)]
+
+
+def varlen_by_definition(
+    q, k, v, offsets, key_offsets, max_q, max_k, *, window_size, scale=None, enable_gqa=False
+):
+    """`varlen_attn`, a document at a time: its last query stands at its last key."""
+    assert enable_gqa
+    before, after = window_size
+    out = torch.zeros_like(q)
+    places = zip(*(bounds.tolist() for bounds in (offsets, offsets[1:], key_offsets, key_offsets[1:])))
+    for first, last, start, stop in places:
+        queries = torch.arange(stop - (last - first), stop)
+        distance = queries[:, None] - torch.arange(start, stop)
+        seen = (distance >= -after) & ((distance <= before) | (before == -1))
+        parts = (x[None] for x in (q[first:last], k[start:stop], v[start:stop]))
+        out[first:last] = attend(*parts, seen[None, None], scale)[0]
+    return out
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_varlen_kernel_is_asked_for_what_a_dense_mask_says(pattern, scale, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", varlen_by_definition)
+    q, k, v, _ = inputs()
+    dense = Documents.build(DOCUMENTS, [pattern], "sdpa", CPU).masks[pattern]
+    mask = _varlen_mask(DOCUMENTS, pattern, [range(LENGTH)], CPU)
+    torch.testing.assert_close(attend(q, k, v, mask, scale), attend(q, k, v, dense, scale))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_flex_is_asked_for_what_a_dense_mask_says(pattern, scale, monkeypatch):
+    """Uncompiled, as CPUs can run its forward."""
+    for module in (attention, attention_mask):
+        monkeypatch.setattr(module, "compiled", lambda function: function)
+    q, k, v, sinks = (x.detach() for x in inputs())
+    documents = Documents.build(DOCUMENTS, [pattern], "sdpa", CPU)
+    ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    mask = _block_mask(ids, _rule(ids, documents.positions, pattern), [range(LENGTH)])
+    for given in (None, sinks):
+        ours, theirs = (attend(q, k, v, each, scale, given) for each in (mask, documents.masks[pattern]))
+        torch.testing.assert_close(ours, theirs)

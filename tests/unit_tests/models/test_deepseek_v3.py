@@ -77,11 +77,13 @@ def hf_fields(config):
     }
 
 
-@pytest.mark.parametrize("q_lora_rank", [0, 24])
-def test_v3_equals_transformers(q_lora_rank):
+@pytest.mark.parametrize(("q_lora_rank", "mscale"), [(0, 1.0), (24, 1.0), (24, 0.5)])
+def test_v3_equals_transformers(q_lora_rank, mscale):
+    """Published models have one mscale: then nothing shows which of the two scores are scaled by."""
     config = tiny(
         "671B", q_lora_rank, num_experts=16, top_k=3, num_expert_groups=4, num_limited_groups=2
     )
+    config = replace(config, rope_scaling=replace(config.rope_scaling, mscale=mscale))
     reference = DeepseekV3ForCausalLM(HFConfig(**hf_fields(config)))
     model = build(config)
     biases = torch.randn(config.n_layers, 16, generator=torch.Generator().manual_seed(1)) / 10
@@ -110,6 +112,16 @@ def test_positions_are_yarns(flavor):
     theirs, magnitude = ROPE_INIT_FUNCTIONS["yarn"](HFConfig(**hf_fields(config)))
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
     assert config.rope_scaling.magnitude == magnitude == 1.0
+
+
+@pytest.mark.parametrize(("theta", "original"), [(1e4, 128), (1e2, 4096)], ids=["first", "last"])
+def test_a_ramp_that_would_go_beyond_the_channels_is_theirs(theta, original):
+    """No published model has one: its first channel turns often, and its last seldom."""
+    scaling = YaRNScaling(factor=8.0, original_max_seq_len=original, mscale_all_dim=1.0)
+    config = replace(FLAVORS["671B"], rope_theta=theta, rope_scaling=scaling)
+    ours = rope_frequencies(config.rope_dim, theta, scaling)
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](HFConfig(**hf_fields(config)))
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("mscale_all_dim", [0.0, 0.4])

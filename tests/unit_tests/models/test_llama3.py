@@ -10,6 +10,8 @@ from tests.unit_tests.models.helpers import assert_equals_transformers, build
 from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.llama3 import FLAVORS
+from torchtitan.models.rope import rope_frequencies, rope_table
+
 
 def tiny(**changes):
     base = replace(FLAVORS["debugmodel"], dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64)
@@ -43,6 +45,16 @@ def test_logits_and_gradients_equal_transformers(tied):
         )
     )
     assert_equals_transformers(model, reference, vocab_size=64)
+
+
+def test_the_last_position_is_as_exact_as_the_first():
+    """Angles reach 131071 radians, of which fp32 would leave but two digits behind the point."""
+    config = FLAVORS["8B"]
+    positions = config.rope_dim, config.rope_theta, config.rope_scaling
+    table = rope_table(*positions, config.max_seq_len, torch.device("cpu"))
+    angles = (config.max_seq_len - 1) * rope_frequencies(*positions)
+    exact = torch.stack([angles.cos(), angles.sin()])
+    assert table.dtype == torch.float32 and (table[-1] - exact).abs().max() < 1e-7
 
 
 def test_ignored_labels_count_nothing():
