@@ -107,7 +107,7 @@ def prepare(
         faults += check_tokenizer(tokenizer, model.vocab_size)
     attempt(_check_data, config)
     dump_folder, assets = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
-    checkpoint = attempt(find_checkpoint, config.checkpoint, dump_folder, assets, altered)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, dump_folder, assets, altered, config)
     hf = model and HuggingFace(config.model.name, model, assets)
     progress: Progress | None = {}
     if checkpoint:

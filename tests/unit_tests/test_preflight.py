@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.checkpoint import storage
-from torchtitan.config.checks import is_positive_count
+from torchtitan.config.bounds import is_positive_count
 from torchtitan.config.names import leaf_keys
 from torchtitan.config.schema import JobConfig
 from torchtitan.preflight import main
@@ -45,7 +45,7 @@ CASES = {
     "missing dataset": (["--training.dataset=c4_tset"], 'Did you mean "c4_test"?'),
     "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
     "unknown flavor": (["--model.flavor=9B"], "8B"),
-    "flavor in another case": (["--model.flavor=8b"], "Did you mean '8B'?"),
+    "flavor in another case": (["--model.flavor=8b"], 'Did you mean "8B"?'),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
     "override of what a key sets": (
         ["--model.overrides.seq_len=64"],
