@@ -21,7 +21,8 @@ from torchtitan.models.decoder import TIED_WEIGHT, Decoder, DecoderConfig
 from torchtitan.models.flops import flops_per_token
 from torchtitan.models.init import draw, parameter_inits
 from torchtitan.observability.metrics import MetricsLogger, Workload
-from torchtitan.quantization.converters import Conversion, convert
+from torchtitan.quantization.conversion import Conversion
+from torchtitan.quantization.converters import convert
 
 
 def build_model(

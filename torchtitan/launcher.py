@@ -4,6 +4,7 @@
 """
 
 import glob
+import logging
 import multiprocessing
 import os
 import shutil
@@ -15,8 +16,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+if __name__ == "__main__":  # what is imported now takes seconds: Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -55,7 +60,9 @@ def main(argv: Sequence[str]) -> int:
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     told: list[int] = []
     _pass_on_signals(told)
+    _mute_torchrun()
     _end_when_saved()
+    _end_when_interrupted_again()
     try:
         run(args)
     except ChildFailedError as error:
@@ -117,6 +124,31 @@ def _end_when_saved() -> None:
         return result
 
     LocalElasticAgent._monitor_workers = watch_and_choose
+
+
+def _end_when_interrupted_again() -> None:
+    """Let Ctrl-C end all at once where torchrun waits for the ranks that it has told to end."""
+    # Private as of torch 2.13; its own handler of a second signal would make it wait once more.
+    end_ranks = LocalElasticAgent._shutdown
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for rank in _children():
+            with suppress(ProcessLookupError):  # ended meanwhile
+                os.killpg(rank, signal.SIGKILL)
+        os._exit(128 + number)
+
+    def end_ranks_or_end(self: LocalElasticAgent, *args, **options) -> None:
+        signal.signal(signal.SIGINT, end)
+        end_ranks(self, *args, **options)
+
+    LocalElasticAgent._shutdown = end_ranks_or_end
+
+
+def _mute_torchrun() -> None:
+    """Hide its warnings of each process that it sends a signal to, unless LOGLEVEL asks for them."""
+    if "LOGLEVEL" not in os.environ:
+        for module in ("agent.server.api", "multiprocessing.api"):
+            logging.getLogger(f"torch.distributed.elastic.{module}").setLevel(logging.ERROR)
 
 
 def _pass_on_signals(told: list[int]) -> None:

@@ -15,6 +15,7 @@ from torchtitan.models.decoder import TIED_WEIGHT, Decoder
 from torchtitan.quantization.conversion import Conversion
 
 Enter = Callable[[nn.Module, slice], None]
+"""enter(part, rows): `part` is about to compute on these rows of a batch, forward or backward."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Microbatches:
     entering: Enter
 
     @classmethod
-    def of(cls, batch: Batch, rows: range, size: int, *rest: Any) -> "Microbatches":
+    def of(
+        cls, batch: Batch, rows: range, size: int, device: torch.device, entering: Enter
+    ) -> "Microbatches":
         """`size` rows a microbatch, the last one maybe fewer."""
-        starts = rows[::size]
-        parts = [slice(start, min(start + size, rows.stop)) for start in starts]
-        return cls(batch, parts, *rest)
+        parts = [slice(start, min(start + size, rows.stop)) for start in rows[::size]]
+        return cls(batch, parts, device, entering)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -76,7 +78,6 @@ class ModelParts:
         self.num_parameters, self.conversions = num_parameters, conversions
         """Of the whole model."""
         self.entering: Enter = lambda part, rows: None
-        """Called before a part computes on these rows of a batch, forward or backward."""
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         for part in self.parts:

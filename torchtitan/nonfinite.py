@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchtitan.config.schema import Compile
 from torchtitan.data.batch import Batch
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.expert_load import ExpertLoad
 from torchtitan.model_parts import ModelParts
 from torchtitan.models.moe.experts import GroupedExperts

@@ -8,29 +8,29 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import FileSystemReader
 
-from torchtitan.checkpoint.find import (
-    Progress,
-    find_checkpoint,
-    is_own,
-    own_folder,
-    read_progress,
+from torchtitan.checkpoint.find import Progress, find_checkpoint, is_own, own_folder
+from torchtitan.checkpoint.fit import (
+    check_hugging_face,
+    check_weights,
+    progress_taken_over,
+    resumed_batch_size,
+    saved_tensors,
+    takes_optimizer,
 )
-from torchtitan.checkpoint.hf_pieces import mismatches
-from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.hf_run import HuggingFace
 from torchtitan.checkpoint.manager import find_altered
-from torchtitan.config.batch_size import global_batch_size
-from torchtitan.config.checks import check_config, is_positive_count
+from torchtitan.config.bounds import is_positive_count
+from torchtitan.config.checks import check_config
 from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault, with_place
 from torchtitan.config.manager import load_config, located
-from torchtitan.config.names import nearest
+from torchtitan.config.names import unknown_value
 from torchtitan.config.schema import Checkpoint, Compile, JobConfig, Training, Validation
 from torchtitan.data.datasets import open_sources, parse_dataset
 from torchtitan.data.loader import position_faults
@@ -40,7 +40,7 @@ from torchtitan.distributed.async_tensor_parallel import check_async_tensor_para
 from torchtitan.distributed.comm import World, pick_device
 from torchtitan.distributed.expert_parallel.dispatchers import check_comm_backend
 from torchtitan.distributed.mesh import Degrees
-from torchtitan.distributed.plan import match
+from torchtitan.distributed.plan import styles_of
 from torchtitan.distributed.styles import local_widths
 from torchtitan.logging import init_logger
 from torchtitan.models.decoder import DecoderConfig
@@ -106,21 +106,27 @@ def prepare(
     if model and tokenizer:
         faults += check_tokenizer(tokenizer, model.vocab_size)
     attempt(_check_data, config)
-    places = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
-    checkpoint = attempt(find_checkpoint, config.checkpoint, *places, altered)
-    hf = model and HuggingFace(config.model.name, model, places[1])
-    if hf and checkpoint:
-        attempt(_check_hugging_face_load, hf, config, checkpoint)
-        if (checkpoint / ".metadata").exists():
-            attempt(_check_weights, checkpoint, model)
-            attempt(_check_optimizer_state, checkpoint, model, config)
+    dump_folder, assets = Path(config.job.dump_folder), Path(config.model.hf_assets_path)
+    checkpoint = attempt(find_checkpoint, config.checkpoint, dump_folder, assets, altered, config)
+    hf = model and HuggingFace(config.model.name, model, assets)
+    progress: Progress | None = {}
+    if checkpoint:
+        own = is_own(checkpoint, own_folder(config.checkpoint, dump_folder))
+        if hf:
+            attempt(check_hugging_face, checkpoint, hf, config.checkpoint, own)
+            if (checkpoint / ".metadata").exists():
+                attempt(check_weights, checkpoint, model)
+                attempt(_check_optimizer_state, checkpoint, model, config, own)
+        num_steps = config.training.steps
+        progress = attempt(progress_taken_over, checkpoint, config.checkpoint, own, num_steps)
     if hf and config.checkpoint.last_save_in_hf:
         attempt(hf.check_save)
-    progress = attempt(_progress, checkpoint, config)
     degrees = attempt(Degrees.resolve, config.parallelism, world_size)
     if model and degrees and config.model.converters and not faults:
         attempt(check_converted, model, config, degrees)
-    batch_size = degrees and attempt(_batch_size, config, degrees.dp, progress or {})
+    batch_size = degrees and attempt(
+        resumed_batch_size, config.training, degrees.dp, progress or {}
+    )
     attempt(_check_data_position, config, progress or {})
     if faults:
         raise ConfigError(faults)
@@ -196,9 +202,7 @@ def _check_compiler(config: Compile) -> None:
         return
     known = torch.compiler.list_backends(exclude_tags=())
     if config.backend not in known:
-        near = nearest(config.backend, known)
-        remedy = f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
-        raise ConfigError([Fault("compile.backend", "no such name.", remedy, config.backend)])
+        raise ConfigError([unknown_value("compile.backend", config.backend, known)])
 
 
 def _check_saving(config: Checkpoint, world_size: int, device: torch.device) -> None:
@@ -223,7 +227,7 @@ def check_converted(model: DecoderConfig, config: JobConfig, degrees: Degrees) -
     """What converters make can be split over the ranks there are."""
     with torch.device("meta"):
         whole = model.build()
-    conversions, styles = convert(whole, config), match(whole.parallel_plan(), whole)
+    conversions, styles = convert(whole, config), styles_of(whole.parallel_plan(), whole)
     split_regions = not degrees.route_own_tokens(config.parallelism.enable_sequence_parallel)
     widths = {
         name: local_widths(module.weight.shape, styles[name], degrees.tp, split_regions)
@@ -244,89 +248,12 @@ def _check_data(config: JobConfig) -> None:
         open_sources(specs, dealing, name, section.dataset_path)
 
 
-def _check_hugging_face_load(hf: HuggingFace, config: JobConfig, checkpoint: Path) -> None:
-    own, load = is_own(checkpoint, _own_folder(config)), config.checkpoint
-    if is_folder(checkpoint) or (load.initial_load_in_hf and not own):
-        hf.check_load(checkpoint, load.initial_load_in_hf_quantized and not own)
-
-
-def _check_weights(checkpoint: Path, model: DecoderConfig) -> None:
-    """A checkpoint of ours has the model's weights and no others; statistics may begin anew."""
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    found = {
-        name.removeprefix("model."): tensor.size
-        for name, tensor in saved.items()
-        if name.startswith("model.") and not name.endswith(".previous_load")
-    }
-    with torch.device("meta"):
-        built = model.build()
-    weights = dict(built.named_parameters())
-    expected = {
-        name: tensor.shape
-        for name, tensor in built.state_dict().items()
-        if name in weights or name in found
-    }
-    if faults := list(mismatches(checkpoint, expected, found)):
-        raise ConfigError(faults)
-
-
-def _check_optimizer_state(checkpoint: Path, model: DecoderConfig, config: JobConfig) -> None:
-    load = config.checkpoint
-    own = is_own(checkpoint, _own_folder(config))
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    has_state = any(name.startswith("optimizer.") for name in saved)
-    begins_anew = not own and load.initial_load_model_only
-    if has_state and not begins_anew and "optimizer" not in load.exclude_from_loading:
+def _check_optimizer_state(
+    checkpoint: Path, model: DecoderConfig, config: JobConfig, own: bool
+) -> None:
+    if takes_optimizer(checkpoint, config.checkpoint, own):
+        saved = saved_tensors(checkpoint)
         check_saved_state(config.optimizer, _num_dims(model), saved, checkpoint)
-
-
-def _own_folder(config: JobConfig) -> Path:
-    return own_folder(config.checkpoint, Path(config.job.dump_folder))
-
-
-def _progress(checkpoint: Path | None, config: JobConfig) -> Progress:
-    """What the run takes over from its checkpoint beside the tensors."""
-    if checkpoint is None:
-        return {}
-    own = is_own(checkpoint, _own_folder(config))
-    if not own and config.checkpoint.initial_load_model_only:
-        return {}
-    progress = read_progress(checkpoint)
-    if progress["step"] == 0:  # a seed checkpoint: weights for a new run
-        return {}
-    if progress["model_only"] and not progress.get("data_ended") and progress["step"] < config.training.steps:
-        reason = f"{checkpoint} holds only the weights, so training cannot go on from it."
-        if own:
-            remedy = (
-                "Load an earlier step, or start a new run from it by checkpoint.initial_load_path, with "
-                "another job.dump_folder. "
-                "checkpoint.last_save_model_only = false keeps the last save complete."
-            )
-            fault = Fault("checkpoint.load_step", reason, remedy, config.checkpoint.load_step)
-        else:
-            key = "checkpoint.initial_load_model_only"
-            fault = Fault(key, reason, "Set it to true to begin a new run with them.", False)
-        raise ConfigError([fault])
-    excluded = set(config.checkpoint.exclude_from_loading)
-    parts = {"train_state": ("step", "n_tokens_seen"), "dataloader": ("slots", "global_batch_size")}
-    dropped = {key for part in excluded & set(parts) for key in parts[part]}
-    return {key: value for key, value in progress.items() if key not in dropped}
-
-
-def _batch_size(config: JobConfig, dp: int, progress: Progress) -> int:
-    """The run's global batch size: a resumed run keeps the one it began with."""
-    saved = progress.get("global_batch_size")
-    if saved is None:
-        return global_batch_size(config.training, dp)
-    if config.training.global_batch_size not in (-1, saved):
-        fault = Fault(
-            "training.global_batch_size",
-            f"the checkpoint's data position belongs to batches of {saved} sequences.",
-            f"Use {saved}, or set checkpoint.exclude_from_loading = ['dataloader'] to begin the data anew.",
-            value=config.training.global_batch_size,
-        )
-        raise ConfigError([fault])
-    return global_batch_size(replace(config.training, global_batch_size=saved), dp)
 
 
 def _check_data_position(config: JobConfig, progress: Progress) -> None:

@@ -1,16 +1,15 @@
 """What a run settles when it starts, and writes down: its config files, and the head of its log."""
 
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from torchtitan.checkpoint.find import Progress
-from torchtitan.config.manager import save_toml, to_json
 from torchtitan.config.schema import JobConfig, Training
+from torchtitan.config.toml_file import save_toml, to_json
 from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.model_parts import ModelParts
@@ -42,19 +41,18 @@ def save_config(config: JobConfig) -> None:
         path.write_text(to_json(config))
 
 
-def data_names(training: Training) -> list[Any]:
-    """What a data position is one of, as checkpoints keep it: a name or tables, and a path or None."""
-    return [training.dataset, training.dataset_path]
+def moved_data(training: Training, before: Mapping[str, Any]) -> str:
+    """A warning where a run reads on from a position in data of another name; else nothing.
 
-
-def moved_data(training: Training, progress: Progress) -> str:
-    """A warning where a run reads on from a position in data of another name; else nothing."""
-    before, now = progress.get("data", data_names(training)), data_names(training)
-    if "slots" not in progress or before == now:
+    `before` is the table of training that the checkpoint was made with.
+    """
+    tables = before, asdict(training)
+    there, here = ([table["dataset"], table["dataset_path"]] for table in tables)
+    if there == here:
         return ""
-    said = [" at ".join(str(name) for name in names if name) for names in (before, now)]
+    was, now = (" at ".join(str(name) for name in names if name) for names in (there, here))
     return (
-        f"the checkpoint's data position is one in {said[0]}, and this run reads {said[1]} from there on: right if "
+        f"the checkpoint's data position is one in {was}, and this run reads {now} from there on: right if "
         "that is the same data. checkpoint.exclude_from_loading = ['dataloader'] begins the data anew."
     )
 

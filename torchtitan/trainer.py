@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.attention import sdpa_kernel
 
 from torchtitan.build import build_data, build_metrics, build_model
+from torchtitan.checkpoint.find import read_config
 from torchtitan.checkpoint.manager import CheckpointManager
 from torchtitan.config.schema import Training, Validation
 from torchtitan.config.toml_file import as_table
@@ -39,7 +40,7 @@ from torchtitan.optim.schedule import learning_rate
 from torchtitan.preemption import StopRequest
 from torchtitan.preflight import Setup
 from torchtitan.reproducibility import arithmetic
-from torchtitan.run_record import data_names, describe, moved_data, resolved_config, save_config
+from torchtitan.run_record import describe, moved_data, resolved_config, save_config
 from torchtitan.validation import validate
 
 
@@ -84,8 +85,8 @@ class Trainer:
         self.loader = self._build_loader(config.training, setup.global_batch_size)
         if "slots" in setup.progress:
             self.loader.load_state_dict(setup.progress["slots"])
-        if warning := moved_data(config.training, setup.progress):
-            logger.warning(warning)
+            if warning := moved_data(config.training, read_config(setup.checkpoint)["training"]):
+                logger.warning(warning)
         if config.validation.enable:
             size = config.validation.local_batch_size * setup.degrees.dp
             self.validation_loader = self._build_loader(config.validation, size)
@@ -273,7 +274,6 @@ class Trainer:
             "n_tokens_seen": self.n_tokens_seen,
             "seed": self.config.debug.seed,
             "global_batch_size": self.setup.global_batch_size,
-            "data": data_names(self.config.training),
             "slots": {slot: state for states in slots for slot, state in states.items()},
         }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, is_dataclass, replace
 import torch
 
 from torchtitan.config.faults import ConfigError
+from torchtitan.config.nested import value_at, with_value
 from torchtitan.config.pipeline import PipelinePlan
 from torchtitan.config.pipeline_faults import pipeline_faults
 from torchtitan.config.schema import JobConfig, Optimizer, Parallelism, Training
@@ -87,26 +88,19 @@ def settle(config: JobConfig, full: bool) -> Case:
 def alone(case: Case) -> Case:
     """The same global batch on one process: no mesh, no recomputation, no compiler."""
     config = case.config
-    parallelism = Parallelism()
-    training = replace(
-        config.training,
-        local_batch_size=config.training.global_batch_size,
-        enable_cpu_offload=False,
-    )
-    grouped = config.quantize.grouped_mm
-    grouped = replace(grouped, float8=replace(grouped.float8, exchange_in_float8=False))
-    linear = config.quantize.linear
+    changes = {
+        "parallelism": Parallelism(),
+        "training.local_batch_size": config.training.global_batch_size,
+        "training.enable_cpu_offload": False,
+        "compile.enable": False,
+        "activation_checkpoint.mode": "none",
+        "quantize.grouped_mm.float8.exchange_in_float8": False,
+    }
     if config.parallelism.tensor_parallel_degree > 1:  # it leaves the head in high precision
-        filters = [*linear.float8.filter_fqns, "output"]
-        linear = replace(linear, float8=replace(linear.float8, filter_fqns=filters))
-    config = replace(
-        config,
-        parallelism=parallelism,
-        training=training,
-        compile=replace(config.compile, enable=False),
-        activation_checkpoint=replace(config.activation_checkpoint, mode="none"),
-        quantize=replace(config.quantize, linear=linear, grouped_mm=grouped),
-    )
+        filters = config.quantize.linear.float8.filter_fqns
+        changes["quantize.linear.float8.filter_fqns"] = [*filters, "output"]
+    for key, value in changes.items():
+        config = with_value(config, key, value)
     return replace(case, config=config, world_size=1)
 
 
@@ -116,13 +110,10 @@ def _fitting_filters(config: JobConfig, model: DecoderConfig, notes: list[str]) 
         return config
     with torch.device("meta"):
         names = [name for name, _ in model.build().named_modules()]
-    linear = config.quantize.linear
-    kept = {
-        kind: [part for part in getattr(linear, kind).filter_fqns if any(part in n for n in names)]
-        for kind in ("float8", "mx")
-    }
-    changed = {k: replace(getattr(linear, k), filter_fqns=parts) for k, parts in kept.items()}
-    new = replace(config, quantize=replace(config.quantize, linear=replace(linear, **changed)))
+    new = config
+    for key in ("quantize.linear.float8.filter_fqns", "quantize.linear.mx.filter_fqns"):
+        parts = [part for part in value_at(config, key) if any(part in name for name in names)]
+        new = with_value(new, key, parts)
     notes += _changes("", config, new, ())
     return new
 

@@ -9,9 +9,10 @@ from torchtitan.build import build_data
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.schema import JobConfig
 from torchtitan.config.schema_training import DataLoader
-from torchtitan.data.batch import IGNORE_INDEX, Batch
+from torchtitan.data.batch import Batch
 from torchtitan.data.datasets import parse_dataset
 from torchtitan.data.tokenizer import build_tokenizer
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 
 def global_batches(config: JobConfig, vocab_size: int, notes: list[str]) -> tuple[Batch, ...]:

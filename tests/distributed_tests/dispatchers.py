@@ -6,7 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from torchtitan.models.moe.experts import GroupedExperts
-from torchtitan.routing import decide_once
+from torchtitan.routing_decisions import decide_once
 
 EXPERTS, TOP_K, DIM, HIDDEN = 8, 3, 16, 8
 ROUTINGS = ("uniform", "one expert", "one rank")

@@ -16,7 +16,7 @@ from torchtitan.checkpoint import storage, writer
 from torchtitan.checkpoint.find import find_checkpoint, read_progress
 from torchtitan.checkpoint.manager import CheckpointManager, NonFiniteState, find_altered
 from torchtitan.checkpoint.storage import saved_steps
-from torchtitan.checkpoint.writer import CheckpointFailed, together
+from torchtitan.checkpoint.writer import CheckpointFailed, on_all_ranks
 from torchtitan.config.faults import ConfigError
 from torchtitan.config.schema import Checkpoint, Optimizer
 from torchtitan.distributed.launch import RankFailure, run_ranks
@@ -253,7 +253,7 @@ def fail_together(words):
             raise ValueError(word)
 
     try:
-        together(work)
+        on_all_ranks(work)
     except CheckpointFailed as error:
         return str(error)
 

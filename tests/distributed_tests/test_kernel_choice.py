@@ -14,7 +14,7 @@ from tests.distributed_tests.test_expert_load import EXPERT, MOE
 from tests.distributed_tests.test_training import COMMON, CONTEXT, PP2, TENSOR, build
 from torchtitan import kernel_choice
 from torchtitan.distributed.launch import run_ranks
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.kernel_choice import FILE, Shape
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.trainer import Trainer

@@ -11,7 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from torchtitan.config.schema import Optimizer
 from torchtitan.distributed.launch import run_ranks
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.optim.muon import orthogonal
 from torchtitan.optim.optimizer import build_optimizer
 from torchtitan.optim.whole_matrices import cuts_of, on_whole_matrices

@@ -1,15 +1,19 @@
 """Is the rank that stops a run named in time, with its step and phase, and do all processes end?"""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.distributed_tests.stuck_run import BAD_STEP, TIMEOUT_SECONDS
+from torchtitan.distributed.comm import World
 from torchtitan.observability.rank_report import RankState, judge
+from torchtitan.observability.watchdog import Watchdog, _Patrol
 
 REPO = Path(__file__).parents[2]
 
@@ -115,6 +119,42 @@ def _state(rank: int, **told) -> RankState:
 def test_the_strongest_evidence_decides(told, odd):
     states = [_state(rank, **words) for rank, words in enumerate(told)]
     assert judge(states, now=101.0).odd_ranks == odd
+
+
+@pytest.mark.parametrize(
+    "complaints, number",
+    [
+        (["interrupted (SIGINT)", ""], signal.SIGINT),
+        (["told to end (SIGTERM)", "interrupted (SIGINT)"], signal.SIGINT),
+        (["told to end (SIGTERM)", "told to end (SIGTERM)"], signal.SIGTERM),
+        (["told to end (SIGTERM)", "no progress for 4 s"], 0),
+    ],
+)
+def test_an_end_that_was_asked_for_is_told_from_a_failure(complaints, number):
+    states = [_state(rank, complaint=words) for rank, words in enumerate(complaints)]
+    assert judge(states, now=101.0).ended_by == number
+
+
+@pytest.mark.parametrize("ends_meanwhile", [False, True])
+def test_a_frozen_sibling_is_ended_and_nothing_else(tmp_path, monkeypatch, ends_meanwhile):
+    """One that ends between the look at it and the signal is no error: that would keep all waiting."""
+    sibling = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(os, "getppid", os.getpid)  # both have this launcher
+    patrol = _Patrol(Watchdog(World(), 0, tmp_path), World(0, 2), tmp_path)
+    state = replace(patrol._state, rank=1, pid=sibling.pid)
+    read = Path.read_text
+
+    def read_and_end(path):
+        text = read(path)
+        if ends_meanwhile:
+            sibling.terminate()
+            sibling.wait()
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_and_end)
+    patrol._kill_sibling(state)
+    assert sibling.wait(5) == (-signal.SIGTERM if ends_meanwhile else -signal.SIGKILL)
+    patrol._kill_sibling(state)  # it is not there any more
 
 
 def _processes_of(dump_folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from torch import nn
 from torchtitan.config.manager import load_config
 from torchtitan.models.registry import model_config
 from torchtitan.ops import cross_entropy, float8
-from torchtitan.ops.cross_entropy import EXACT, IGNORED, chunked_linear_cross_entropy, cross_entropy_
+from torchtitan.ops.cross_entropy import EXACT, IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropy_
 from torchtitan.ops.float8_head import GRADIENT_SCALE
 from torchtitan.ops.float8_head import products as head_products
 from torchtitan.quantization.converters import check_device, convert
@@ -148,7 +148,7 @@ def test_the_losses_gradient_is_written_as_float8_at_once(vocab):
 
     logits = (3 * torch.randn(144, vocab, device="cuda")).bfloat16()
     labels = torch.randint(vocab, (144,), device="cuda")
-    labels[7] = IGNORED
+    labels[7] = IGNORE_INDEX
     before, gradient = logits.clone(), logits.cpu().double()
     losses, rows, columns = triton_loss.scaled_cross_entropy(
         logits, labels, GRADIENT_SCALE, torch.float8_e5m2
@@ -194,7 +194,7 @@ def head_inputs(tokens, dim, vocab):
     hidden = torch.randn(tokens, dim, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab, dim, device="cuda") * dim**-0.5).bfloat16().requires_grad_()
     labels = torch.randint(vocab, (tokens,), device="cuda")
-    labels[1::9] = IGNORED
+    labels[1::9] = IGNORE_INDEX
     return hidden, weight, labels
 
 

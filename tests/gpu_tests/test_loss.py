@@ -18,7 +18,7 @@ def test_it_and_its_gradients_are_those_of_fp64(monkeypatch, num_chunks):
     hidden = torch.randn(TOKENS, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(VOCAB, DIM, device="cuda").mul(DIM**-0.5).bfloat16().requires_grad_()
     labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
-    labels[::3] = cross_entropy.IGNORED
+    labels[::3] = cross_entropy.IGNORE_INDEX
     loss = cross_entropy.chunked_linear_cross_entropy(hidden, weight, labels)
     ours = torch.autograd.grad(loss / 7, [hidden, weight])
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]

@@ -186,6 +186,52 @@ def test_a_run_that_is_stopped_ends_whole_and_in_time(
         assert int(step) >= 3
 
 
+@pytest.mark.parametrize("ngpu", [1, 2])
+def test_ctrl_c_ends_a_run_with_one_line_that_says_how_to_go_on(request, tmp_path, ngpu):
+    folder = f"--job.dump_folder={tmp_path}"
+    options = ["--training.steps=100000", "--training.local_batch_size=6", "--checkpoint.enable"]
+    workers = ["--checkpoint.interval=2", "--training.dataloader.num_workers=1"]
+    run = _start(folder, *options, *workers, NGPU=str(ngpu))
+    request.addfinalizer(lambda: _kill(run, tmp_path))
+    _wait_for_step(tmp_path / "metrics.jsonl", 3, run)
+    run.send_signal(signal.SIGINT)
+    output = run.communicate(timeout=30)[0]
+    assert run.returncode == 130, output
+    saved = max(int(path.name[5:]) for path in (tmp_path / "checkpoint").glob("step-?"))
+    last = output.splitlines()[-1]
+    assert re.search(r"interrupted \(SIGINT\) at step \d+, phase \w+", last), output
+    assert last.endswith(f"the same command goes on from {tmp_path}/checkpoint/step-{saved}"), output
+    assert (output.count("interrupted"), "Traceback" in output) == (1, False), output
+    assert not _ranks(tmp_path)
+
+
+def test_a_second_ctrl_c_waits_for_nobody(request, tmp_path):
+    batch = "--training.local_batch_size=6"
+    run = _start("--training.steps=100000", batch, f"--job.dump_folder={tmp_path}", NGPU="2")
+    request.addfinalizer(lambda: _kill(run, tmp_path))
+    _wait_for_step(tmp_path / "metrics.jsonl", 1, run)
+    os.kill(_ranks(tmp_path)[1], signal.SIGSTOP)  # for its answer the first one waits
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    output = run.communicate(timeout=2)[0]
+    assert (run.returncode, "Traceback" in output) == (130, False), output
+    assert not _ranks(tmp_path)
+
+
+@pytest.mark.parametrize("ngpu", [1, 2])
+def test_ctrl_c_before_training_is_no_traceback(request, tmp_path, ngpu):
+    run = _start(f"--job.dump_folder={tmp_path}", "--training.local_batch_size=6", NGPU=str(ngpu))
+    request.addfinalizer(lambda: _kill(run, tmp_path))
+    deadline = time.monotonic() + 60
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():  # it is imported, for seconds
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    output = run.communicate(timeout=30)[0]
+    assert (run.returncode, output) == (-signal.SIGINT, "")
+
+
 def _kill(run: subprocess.Popen, dump_folder: Path) -> None:
     """Leave nothing of a run that a failed test did not see end."""
     for process in (run.pid, *_ranks(dump_folder).values()):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "torchtitan"
-LEAVES = {"config", "logging", "sequence_part", "sharding", "weight_map", "routing", "ops"}
-MESH = {"distributed.mesh", "distributed.comm"}
+LEAVES = {"config", "logging", "sequence_part", "sharding", "weight_map", "ops"}
+LEAVES |= {"routing", "routing_decisions"}
+MESH = {"distributed.mesh", "distributed.comm", "distributed.local_parts"}
 """What parts beside `distributed` may know of it: where a rank stands among the others."""
 MAY_IMPORT = {
     "models": LEAVES,
@@ -24,6 +25,7 @@ MAY_IMPORT = {
     "checkpoint.hf_export": LEAVES | MESH | {"models.registry", "models.hf_format"},
     **{leaf: {"logging"} for leaf in LEAVES},
     "routing": {"ops"},
+    "routing_decisions": {"routing"},
 }
 HEAVY = ["torchao", "datasets", "wandb", "transformers", "tensorboard", "torchvision", "pandas"]
 HEAVY += ["huggingface_hub", "torch._inductor.compile_fx", "torch.testing._internal.common_utils"]

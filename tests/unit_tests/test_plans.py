@@ -9,7 +9,7 @@ import torch
 
 from scripts.show_plan import plan_of
 from torchtitan.config.schema import JobConfig, Model
-from torchtitan.distributed.plan import match
+from torchtitan.distributed.plan import styles_of
 from torchtitan.models.llama3 import FLAVORS
 from torchtitan.models.registry import families, model_config
 from torchtitan.sharding import ParallelPlan, Rule, Style
@@ -38,7 +38,7 @@ def test_a_parameter_without_a_rule_is_named():
     model = small()
     model.layers["1"].extra = torch.nn.Linear(2, 2, device="meta")
     with pytest.raises(AssertionError, match=r"layers\.1\.extra\.weight has 0 rules"):
-        match(model.parallel_plan(), model)
+        styles_of(model.parallel_plan(), model)
 
 
 def test_a_rule_without_a_module_is_named():
@@ -46,7 +46,7 @@ def test_a_rule_without_a_module_is_named():
     plan = model.parallel_plan()
     plan = replace(plan, rules=(*plan.rules, Rule("layers.*.gone", Style.COLWISE)))
     with pytest.raises(AssertionError, match=r"layers\.\*\.gone \(colwise\) matches no module"):
-        match(plan, model)
+        styles_of(plan, model)
 
 
 def test_two_rules_for_a_parameter_are_named():
@@ -54,14 +54,14 @@ def test_two_rules_for_a_parameter_are_named():
     plan = model.parallel_plan()
     plan = replace(plan, rules=(*plan.rules, Rule("layers.*.attention.wq", Style.ROWWISE)))
     with pytest.raises(AssertionError, match=r"layers\.0\.attention\.wq\.weight has 2 rules"):
-        match(plan, model)
+        styles_of(plan, model)
 
 
 def test_an_fsdp_unit_that_is_not_a_module_is_named():
     model = small()
     plan = ParallelPlan(model.parallel_plan().rules, (("layers.0", "gone"),))
     with pytest.raises(AssertionError, match="FSDP unit gone is not a module"):
-        match(plan, model)
+        styles_of(plan, model)
 
 
 def test_every_style_is_used():

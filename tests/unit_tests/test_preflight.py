@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.checkpoint import storage
-from torchtitan.config.checks import is_positive_count
+from torchtitan.config.bounds import is_positive_count
 from torchtitan.config.names import leaf_keys
 from torchtitan.config.schema import JobConfig
 from torchtitan.preflight import main
@@ -42,11 +42,19 @@ CASES = {
     "corrupt tokenizer": (broken_tokenizer, "hf_assets_path"),
     "empty dataset": (empty_dataset, "training.dataset"),
     "dataset without text": (useless_dataset, "training.dataset"),
-    "missing dataset": (["--training.dataset=c4_tset"], "Did you mean c4_test"),
+    "missing dataset": (["--training.dataset=c4_tset"], 'Did you mean "c4_test"?'),
     "vocabulary mismatch": (["--model.overrides.vocab_size=100"], "vocab_size"),
     "unknown flavor": (["--model.flavor=9B"], "8B"),
-    "flavor in another case": (["--model.flavor=8b"], "Did you mean '8B'?"),
+    "flavor in another case": (["--model.flavor=8b"], 'Did you mean "8B"?'),
     "unknown override": (["--model.overrides.n_layer=2"], "n_layers"),
+    "override of what a key sets": (
+        ["--model.overrides.seq_len=64"],
+        "model.overrides.seq_len = 64 (command line): training.seq_len sets it in every run. Write training.seq_len.",
+    ),
+    "override of what a key sets for experts": (
+        ["--model.name=llama4", "--model.overrides.moe.router_z_coeff=0.1"],
+        "model.overrides.moe.router_z_coeff = 0.1 (command line): moe.router_z_coeff sets it",
+    ),
     "ranks that do not divide": (
         ["--parallelism.data_parallel_replicate_degree=3"],
         "does not divide the 4 ranks",

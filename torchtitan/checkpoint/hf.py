@@ -50,11 +50,11 @@ def load_pretrained(
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     model.fill_buffers(device)
-    fill(model.state_dict(), reader)
+    fill_tensors(model.state_dict(), reader)
     return model.eval()
 
 
-def fill(state: Mapping[str, torch.Tensor], reader: PieceReader) -> None:
+def fill_tensors(state: Mapping[str, torch.Tensor], reader: PieceReader) -> None:
     """Fill tensors of any layout, in place, as far as files have them. Not collective."""
     known = reader.metadata.state_dict_metadata
     read_into({name: tensor for name, tensor in state.items() if name in known}, reader)

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from torchtitan.checkpoint import storage
 from torchtitan.checkpoint.hf import is_quantized, open_folder
-from torchtitan.checkpoint.hf_export import MODEL, Export, write
+from torchtitan.checkpoint.hf_export import Export, write
 from torchtitan.checkpoint.hf_folder import published, refuse_files
 from torchtitan.checkpoint.hf_reader import Box, PieceReader, read_boxes
+from torchtitan.checkpoint.storage import MODEL
 from torchtitan.config.faults import ConfigError, Fault
 
 MAX_CHUNK_BYTES = 10**9

@@ -31,7 +31,8 @@ from torchtitan.checkpoint.hf_folder import (
 from torchtitan.checkpoint.hf_names import INDEX, SINGLE
 from torchtitan.checkpoint.hf_pieces import Piece, is_statistic, mismatches, only_ours, pieces
 from torchtitan.checkpoint.hf_reader import Box, read_boxes
-from torchtitan.checkpoint.writer import together
+from torchtitan.checkpoint.storage import MODEL
+from torchtitan.checkpoint.writer import on_all_ranks
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.models.hf_format import encode_config
 from torchtitan.models.registry import hf_formats
@@ -39,9 +40,6 @@ from torchtitan.weight_map import OnlyOurs, WeightMap
 
 MAX_FILE_BYTES = 5 * 10**9
 """Of tensors in one file; a larger tensor has a file of its own."""
-
-MODEL = "model."
-"""What begins the names of weights in our checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def save(
         dcp.save({MODEL.rstrip("."): state}, checkpoint_id=parts)
     work = partial(write, export, parts, folder, dtype, assets)
     if dist.is_initialized():
-        together(work)  # a rank that fails must not leave the others waiting
+        on_all_ranks(work)  # a rank that fails must not leave the others waiting
     else:
         work()
     if rank() == 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchtitan.checkpoint.hf import fill, open_folder
+from torchtitan.checkpoint.hf import fill_tensors, open_folder
 from torchtitan.checkpoint.hf_export import Export, save
 from torchtitan.checkpoint.hf_names import CONFIG
 from torchtitan.config.faults import ConfigError, Fault
@@ -17,8 +17,8 @@ State = Mapping[str, torch.Tensor]
 """A model's parameters and saved buffers, of any layout."""
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a checkpoint is a Hugging Face folder, not one of our own."""
+def is_hugging_face(path: Path) -> bool:
+    """Whether a checkpoint is a folder of Hugging Face's, not one of our format."""
     return (path / CONFIG).exists()
 
 
@@ -49,7 +49,7 @@ class HuggingFace:
 
     def load(self, folder: Path, state: State, quantized: bool) -> None:
         """Fill the model's tensors in place; each rank reads what it holds of them."""
-        fill(state, open_folder(folder, self.model_config, self.family, quantized))
+        fill_tensors(state, open_folder(folder, self.model_config, self.family, quantized))
         logger.info(f"loaded model from {folder}")
 
     def save(self, folder: Path, state: State, dtype: torch.dtype) -> None:

@@ -14,22 +14,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint import storage
-from torchtitan.checkpoint.find import Progress, is_own, own_folder, read_progress
-from torchtitan.checkpoint.hf_run import HuggingFace, is_folder
+from torchtitan.checkpoint.find import Progress, is_own, own_folder
+from torchtitan.checkpoint.fit import saved_tensors, takes_optimizer
+from torchtitan.checkpoint.hf_run import HuggingFace, is_hugging_face
+from torchtitan.checkpoint.storage import MODEL
 from torchtitan.checkpoint.writer import (
     CheckpointFailed,
     CheckpointWriter,
-    Job,
+    SaveJob,
     State,
     first_failure,
-    together,
+    on_all_ranks,
 )
 from torchtitan.config.schema import Checkpoint
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.logging import logger
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,25 +77,21 @@ class CheckpointManager:
         """
         start = time.perf_counter()
         own = is_own(checkpoint, self.folder)
-        if is_folder(checkpoint):
+        if is_hugging_face(checkpoint):
             quantized = not own and self.config.initial_load_in_hf_quantized
-            together(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
+            on_all_ranks(lambda: self.hf.load(checkpoint, self.model_state(), quantized))
             return
-        weights_only = (
-            (not own and self.config.initial_load_model_only)
-            or "optimizer" in self.config.exclude_from_loading
-            or read_progress(checkpoint)["model_only"]
-        )
+        weights_only = not takes_optimizer(checkpoint, self.config, own)
         state: State = {"model": self.model_state()}
         if not weights_only:
             state["optimizer"] = dict(self.optimizer_state)
         if missing := _missing(state, checkpoint):
             # Balance biases and loads are state of training: with new training they may begin anew.
-            anew = {f"model.{name}" for name in state["model"] if name not in self.optimizer_state}
+            anew = {MODEL + name for name in state["model"] if name not in self.optimizer_state}
             if not weights_only or not missing <= anew:
                 raise CheckpointFailed(f"{checkpoint} has no {', '.join(sorted(missing))}")
             logger.info(f"not in {checkpoint}, so they begin anew: {', '.join(sorted(missing))}")
-            state["model"] = {n: t for n, t in state["model"].items() if f"model.{n}" not in missing}
+            state["model"] = {n: t for n, t in state["model"].items() if MODEL + n not in missing}
         try:
             dcp.load(state, checkpoint_id=checkpoint)
         except CheckpointException as error:  # no Exception, which callers could not expect
@@ -138,10 +135,10 @@ class CheckpointManager:
         job = self._job(0, {"model": self.model_state()}, progress, model_only=True)
         self.writer.write(job, in_background=False)
 
-    def _job(self, step: int, state: State, progress: Progress, model_only: bool) -> Job:
+    def _job(self, step: int, state: State, progress: Progress, model_only: bool) -> SaveJob:
         progress = progress | {"step": step, "model_only": model_only}
         manifest = {"progress": progress, "origin": self.origin}
-        return Job(self.folder, step, state, manifest, self.config.keep_latest_k)
+        return SaveJob(self.folder, step, state, manifest, self.config.keep_latest_k)
 
 
 def find_altered(checkpoint: Path | None) -> str:
@@ -150,36 +147,35 @@ def find_altered(checkpoint: Path | None) -> str:
     Every file is read in full by one of the ranks. Raises RuntimeError where the ranks do not see the
     same checkpoint.
     """
-    names = together(lambda: checkpoint and str(checkpoint))
+    names = on_all_ranks(lambda: checkpoint and str(checkpoint))
     if len(set(names)) > 1:
         raise RuntimeError(f"the ranks see different checkpoints: {sorted(set(map(str, names)))}")
     if checkpoint is None or not storage.has_manifest(checkpoint):  # others' folders have none
         return ""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    parts = together(lambda: storage.altered_files(checkpoint, rank, world_size))
+    parts = on_all_ranks(lambda: storage.altered_files(checkpoint, rank, world_size))
     altered = sorted(name for part in parts for name in part)
     return f"{', '.join(altered)} does not match its checksum" if altered else ""
 
 
 def _missing(state: State, checkpoint: Path) -> set[str]:
     """Tensors of a state, by their names in checkpoints, that this one does not have."""
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {name for name, _ in _flattened(state)} - saved.keys()
+    return {name for name, _ in _flattened(state)} - saved_tensors(checkpoint).keys()
 
 
 @torch.no_grad()
-def _refuse_nonfinite(job: Job) -> None:
+def _refuse_nonfinite(job: SaveJob) -> None:
     """Raise NonFiniteState on all ranks where a value on any of them is not finite."""
     names, finite = [], []
     for name, tensor in _flattened(job.state):
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         if local.is_floating_point() and local.numel():
             names.append(name)
             finite.append(torch.stack(local.aminmax()).isfinite().all())  # one pass, no copy
     flags = [flag.to(finite[0].device) for flag in finite]  # so that the device is waited for once
     passed = torch.stack(flags).tolist() if flags else []
     bad = [name for name, ok in zip(names, passed, strict=True) if not ok]
-    if found := sorted({name for part in together(lambda: bad[:3]) for name in part}):
+    if found := sorted({name for part in on_all_ranks(lambda: bad[:3]) for name in part}):
         raise NonFiniteState(f"step {job.step} is not saved: {', '.join(found)} not finite")
 
 

@@ -21,6 +21,8 @@ FORMAT = 1
 BLOCK_BYTES = 32 * 2**20
 """Files are checksummed in blocks of this size, several at a time."""
 
+MODEL = "model."
+"""What begins the names of a model's tensors in a checkpoint."""
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)(\.replaced)?")
 _NUM_THREADS = 4

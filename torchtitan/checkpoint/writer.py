@@ -31,7 +31,7 @@ class CheckpointFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SaveJob:
     """One checkpoint to write."""
 
     folder: Path
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self._pinned = async_mode == "async_with_pinned_mem"
         self._stager = StateDictStager(pin_memory=self._pinned)
 
-    def write(self, job: Job, in_background: bool) -> None:
+    def write(self, job: SaveJob, in_background: bool) -> None:
         """Write and publish a checkpoint; in the background it is finished some time later.
 
         The state may be changed as soon as this returns. Waits for the save before, and raises
@@ -108,7 +108,7 @@ class CheckpointWriter:
             pending.result()
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's result of `work`; what fails on one rank raises CheckpointFailed on all.
 
     Its text has each error once, with the ranks that met it unless all did.
@@ -147,7 +147,7 @@ def _named(ranks: list[int]) -> str:
     return f"rank {ranks[0]}{more}"
 
 
-def _write(job: Job, group: dist.ProcessGroup | None) -> None:
+def _write(job: SaveJob, group: dist.ProcessGroup | None) -> None:
     """Write and publish a checkpoint, or leave nothing of it."""
     temporary = storage.temporary_path(job.folder, job.step)
     try:
@@ -158,7 +158,7 @@ def _write(job: Job, group: dist.ProcessGroup | None) -> None:
         raise
 
 
-def _publish(job: Job, temporary: Path, group: dist.ProcessGroup | None) -> None:
+def _publish(job: SaveJob, temporary: Path, group: dist.ProcessGroup | None) -> None:
     """Files of all ranks, then checksums, then the manifest and the name."""
     rank = dist.get_rank(group)
 
@@ -181,14 +181,14 @@ def _publish(job: Job, temporary: Path, group: dist.ProcessGroup | None) -> None
             storage.remove_leftovers(job.folder)
             storage.remove_old(job.folder, job.keep, final)
 
-    together(prepare, group)
-    together(lambda: job.write(temporary, group), group)
+    on_all_ranks(prepare, group)
+    on_all_ranks(lambda: job.write(temporary, group), group)
     # On a network's disk, a file is seen for sure by the rank that has written it.
-    seen = together(lambda: [path.name for path in temporary.iterdir()], group)
+    seen = on_all_ranks(lambda: [path.name for path in temporary.iterdir()], group)
     names = sorted({name for part in seen for name in part})
-    parts = together(fingerprints, group)
+    parts = on_all_ranks(fingerprints, group)
     files = {name: entry for part in parts for name, entry in part.items()}
-    together(publish, group)
+    on_all_ranks(publish, group)
     size, seconds = storage.total_bytes(files.values()) / 2**20, job.seconds
     logger.info(
         f"saved {' and '.join(job.state)} to {job.folder / f'step-{job.step}'}: {size:,.1f} MiB in "

@@ -1,6 +1,7 @@
 """How many sequences does an optimizer step take?"""
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.near_numbers import nearest_multiples
 from torchtitan.config.schema import Training
 
 
@@ -14,9 +15,8 @@ def global_batch_size(config: Training, dp: int) -> int:
     if size == -1:
         return step
     if size % step:
-        below = size // step * step
         reason = f"is not a multiple of training.local_batch_size = {config.local_batch_size}"
         reason += f" times {dp} data-parallel ranks." if dp > 1 else "."
-        remedy = f"Use {f'{below} or ' if below else ''}{below + step}."
+        remedy = f"Use {nearest_multiples(step, size)}."
         raise ConfigError([Fault("training.global_batch_size", reason, remedy, value=size)])
     return size

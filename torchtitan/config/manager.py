@@ -24,10 +24,8 @@ from torchtitan.config.faults import EXIT_CONFIG, ConfigError, Fault
 from torchtitan.config.merge import merge_toml
 from torchtitan.config.names import leaf_keys, section_names
 from torchtitan.config.schema import JobConfig
-from torchtitan.config.toml_file import read_toml, save_toml, to_json, to_toml
+from torchtitan.config.toml_file import read_toml, to_toml
 from torchtitan.logging import logger
-
-__all__ = ["key_sources", "load_config", "located", "save_toml", "to_json", "to_toml"]
 
 
 def load_config(argv: Sequence[str]) -> JobConfig:

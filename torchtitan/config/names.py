@@ -1,9 +1,11 @@
-"""What did the user mean by a key that does not exist? Present names of keys, old and misspelt."""
+"""What did the user mean by a name that does not exist? Present names of keys, and the nearest of values."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterable
 from typing import Any
+
+from torchtitan.config.faults import Fault
 
 RENAMED = {
     "checkpoint.enable_checkpoint": "checkpoint.enable",
@@ -108,6 +110,26 @@ def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
     spelt = {known.lower(): known for known in words}
     near = difflib.get_close_matches(word.lower(), list(spelt), n=1, cutoff=cutoff)
     return spelt[near[0]] if near else ""
+
+
+def did_you_mean(value: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Advice for a value that is none of the known: the most alike, as TOML writes it, else `otherwise`."""
+    near = nearest(value, known)
+    return f'Did you mean "{near}"?' if near else otherwise
+
+
+def unknown_value(setting: str, value: str, known: Iterable[str]) -> Fault:
+    """The fault of a value that is none of the known."""
+    known = list(known)
+    remedy = did_you_mean(value, known, f"Known: {', '.join(known)}.")
+    return Fault(setting, "no such name.", remedy, value)
+
+
+def unknown_key(table: str, key: str, value: object, what: str, known: Iterable[str]) -> Fault:
+    """The fault of a key that is none of the known, in the table at a path; `what` says what that is."""
+    near = nearest(key, known)
+    remedy = f"Did you mean {near}?" if near else f"Keys: {', '.join(known)}."
+    return Fault(f"{table}.{key}", f"is not a key of {what}.", remedy, value)
 
 
 def _name(key: str) -> str:

@@ -39,8 +39,7 @@ def _rounding_has_bf16_weights(config: JobConfig) -> Iterator[Fault]:
 
 
 def _implementation_is_there(optimizer: Optimizer) -> Iterator[Fault]:
-    is_torchaos = optimizer.name == "AdamW8bit" or optimizer.bf16_stochastic_round
-    if is_torchaos and optimizer.implementation == "foreach":
+    if optimizer.uses_torchao and optimizer.implementation == "foreach":
         reason = "is not one of torchao's: it updates parameter by parameter."
         remedy = 'Use "fused", a compiled kernel a parameter, or "for-loop", the same uncompiled.'
         yield Fault("optimizer.implementation", reason, remedy, "foreach")

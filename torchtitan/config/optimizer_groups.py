@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import unknown_key
 from torchtitan.config.schema import Optimizer
 from torchtitan.config.values import expected, fits, key_types, unquoted
 
@@ -40,9 +40,7 @@ def _faults(table: Mapping[str, Any], where: str) -> Iterator[Fault]:
     kinds = key_types(OptimizerGroup)
     for key, value in table.items():
         if key not in kinds:
-            near = nearest(key, kinds)
-            remedy = f"Did you mean {near}?" if near else f"Keys: {', '.join(kinds)}."
-            yield Fault(f"{where}.{key}", "is not a key of a group.", remedy, value)
+            yield unknown_key(where, key, value, "a group", kinds)
         elif not fits(value, kinds[key]):
             reason = f"expects {expected(kinds[key]).removesuffix(' or None')}."
             yield Fault(f"{where}.{key}", reason, unquoted(value, kinds[key]), value)

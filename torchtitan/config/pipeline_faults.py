@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from torchtitan.config.faults import Fault
 from torchtitan.config.names import nearest
+from torchtitan.config.near_numbers import nearest_numbers
 from torchtitan.config.pipeline import CSV_SCHEDULES, SCHEDULES, PipelinePlan
 from torchtitan.config.schema import JobConfig
 
@@ -19,7 +20,7 @@ def pipeline_faults(config: JobConfig, n_layers: int) -> Iterator[Fault]:
     parallelism, local = config.parallelism, config.training.local_batch_size
     size = parallelism.pipeline_parallel_microbatch_size
     layers = parallelism.pipeline_parallel_layers_per_stage or 1
-    # Single values are checked in checks.py, and so is that microbatches make up the batch.
+    # Single values are checked in bounds.py, and that microbatches make up the batch in checks.py.
     if parallelism.pipeline_parallel_degree == 1 or min(size, local, layers) < 1 or local % size:
         return
     plan = PipelinePlan(config, n_layers)
@@ -57,8 +58,8 @@ def _stage_faults(plan: PipelinePlan) -> Iterator[Fault]:
         layers = plan.parallelism.pipeline_parallel_layers_per_stage
         reason = f"makes {stages} stages of {plan.n_layers} layers, {counted}; {_wanted(plan)}."
         works = [n for n in range(1, weight + 1) if plan.can_have(math.ceil(weight / n))]
-        near = sorted(sorted(works, key=lambda n: abs(n - layers))[:2])
-        remedy = f"Use {' or '.join(map(str, near))}." if near else "Leave it unset."
+        near = nearest_numbers(works, layers)
+        remedy = f"Use {near}." if near else "Leave it unset."
         yield Fault(f"{_KEY}layers_per_stage", reason, remedy, layers)
     elif stages > weight:
         reason = f"{stages} stages are more than the {plan.n_layers} layers, {counted}."

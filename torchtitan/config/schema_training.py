@@ -99,6 +99,11 @@ class Optimizer:
     early_step_in_backward: bool = False
     """Update each parameter as soon as its gradient is ready, to free the gradient early."""
 
+    @property
+    def uses_torchao(self) -> bool:
+        """Whether weights are updated by torchao's AdamW, in place of PyTorch's."""
+        return self.name == "AdamW8bit" or self.bf16_stochastic_round
+
 
 @dataclass(frozen=True)
 class LRScheduler:

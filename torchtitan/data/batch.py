@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 from torchtitan.sequence_part import WHOLE, SequencePart
-
-IGNORE_INDEX = -100
-"""The label of a token that is not trained on."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Which sources does a dataset setting name?"""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.names import did_you_mean, unknown_key
 from torchtitan.data.indexed import IndexedSource, find_files, open_files
 from torchtitan.data.source import BadDocument, Dealing, Source
 from torchtitan.data.stream import StreamedSource, open_hub
@@ -54,21 +54,12 @@ def parse_dataset(
     tables = [dataset] if isinstance(dataset, Mapping) else list(dataset)
     faults = []
     if dataset_path is not None:
+        reason = "goes only with a registered dataset."
         remedy = "Give a source's files by the key path of its own table."
-        faults.append(
-            Fault(
-                f"{section}.dataset_path",
-                "goes only with a registered dataset.",
-                remedy,
-                dataset_path,
-            )
-        )
+        faults.append(Fault(f"{section}.dataset_path", reason, remedy, dataset_path))
     if not tables:
-        faults.append(
-            Fault(
-                setting, "names no source.", "Give a name, a path, or tables of sources.", dataset
-            )
-        )
+        remedy = "Give a name, a path, or tables of sources."
+        faults.append(Fault(setting, "names no source.", remedy, dataset))
     for position, table in enumerate(tables):
         where = setting if isinstance(dataset, Mapping) else f"{setting}[{position}]"
         faults += _faults_of_table(table, where)
@@ -94,22 +85,12 @@ def _named(dataset: str, dataset_path: str | None, section: str) -> SourceSpec:
         return spec if dataset_path is None else replace(spec, path=dataset_path, name=dataset)
     if dataset_path is None and find_files(dataset):
         return SourceSpec(path=dataset)
-    nearest = difflib.get_close_matches(dataset, REGISTERED, n=1)
-    hint = f"Did you mean {nearest[0]}? " if nearest else ""
+    reason = "is neither a registered dataset nor files that exist."
     remedy = (
-        f"{hint}Registered: {', '.join(REGISTERED)}; or name files, "
+        f"{did_you_mean(dataset, REGISTERED)} Registered: {', '.join(REGISTERED)}; or name files, "
         "or a table {name = 'owner/dataset'} for the Hub."
     )
-    raise ConfigError(
-        [
-            Fault(
-                f"{section}.dataset",
-                "is neither a registered dataset nor files that exist.",
-                remedy,
-                dataset,
-            )
-        ]
-    )
+    raise ConfigError([Fault(f"{section}.dataset", reason, remedy.lstrip(), dataset)])
 
 
 def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
@@ -119,26 +100,18 @@ def _faults_of_table(table: Mapping[str, Any], where: str) -> list[Fault]:
     faults = []
     for key, value in table.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            remedy = f"Did you mean {nearest[0]}?" if nearest else f"Keys: {', '.join(known)}."
-            faults.append(Fault(f"{where}.{key}", "is not a key of a source.", remedy, value))
+            faults.append(unknown_key(where, key, value, "a source", known))
         elif key == "weight":
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value < math.inf
-            ):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 faults.append(Fault(f"{where}.weight", "must be a number above zero.", value=value))
         elif not isinstance(value, str):
             faults.append(Fault(f"{where}.{key}", "must be a string.", value=value))
         elif key == "path" and not value:
             faults.append(Fault(f"{where}.{key}", "is empty.", value=value))
     if ("path" in table) == ("name" in table):
-        faults.append(
-            Fault(
-                where, "a source has either a path or a name.", "Give one of the two.", dict(table)
-            )
-        )
+        reason = "a source has either a path or a name."
+        faults.append(Fault(where, reason, "Give one of the two.", dict(table)))
     return faults
 
 
@@ -156,13 +129,11 @@ def _open(spec: SourceSpec, key: int, dealing: Dealing, setting: str) -> Source:
     if spec.path is None:
         shards = open_hub(spec.name, spec.subset, spec.split, spec.text_key, setting)
         return StreamedSource(spec.name, shards, key, dealing)
-    source = IndexedSource(
-        spec.name or spec.path, open_files(spec.path, spec.text_key, setting), key, dealing
-    )
+    files = open_files(spec.path, spec.text_key, setting)
+    source = IndexedSource(spec.name or spec.path, files, key, dealing)
     if not len(source):
-        raise ConfigError(
-            [Fault(setting, "holds no document.", "Name files that have some.", spec.path)]
-        )
+        remedy = "Name files that have some."
+        raise ConfigError([Fault(setting, "holds no document.", remedy, spec.path)])
     reasons = []
     for document in range(min(_PROBED, len(source))):
         try:
@@ -172,13 +143,5 @@ def _open(spec: SourceSpec, key: int, dealing: Dealing, setting: str) -> Source:
         else:
             return source
     reason = f"none of its first {len(reasons)} documents can be used: {reasons[0]}."
-    raise ConfigError(
-        [
-            Fault(
-                setting,
-                reason,
-                "Repair the file, or set text_key in the source's table.",
-                spec.path,
-            )
-        ]
-    )
+    remedy = "Repair the file, or set text_key in the source's table."
+    raise ConfigError([Fault(setting, reason, remedy, spec.path)])

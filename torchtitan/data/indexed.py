@@ -7,6 +7,7 @@ import shutil
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -59,21 +60,17 @@ class IndexedSource:
         place = (slot - dealt_before) % num_slots + index * num_slots
         if place >= size:
             return None
-        return self[
-            permute(place, size, mix(self.dealing.seed, self.key, epoch))
-            if self.dealing.shuffle
-            else place
-        ]
+        if self.dealing.shuffle:
+            place = permute(place, size, mix(self.dealing.seed, self.key, epoch))
+        return self[place]
 
 
 def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
     """The files that a path, a folder or a glob pattern stands for, in the order of their names."""
     paths = find_files(pattern)
     if not paths:
-        known = ", ".join(SUFFIXES)
-        raise ConfigError(
-            [Fault(setting, "no file of a known format is there.", f"Formats: {known}.", pattern)]
-        )
+        remedy = f"Formats: {', '.join(SUFFIXES)}."
+        raise ConfigError([Fault(setting, "no file of a known format is there.", remedy, pattern)])
     files, faults = [], []
     for path in paths:
         try:
@@ -90,9 +87,8 @@ def open_files(pattern: str, text_key: str, setting: str) -> list[DocumentFile]:
             zstandard.ZstdError,
             pyarrow.ArrowException,
         ) as error:
-            faults.append(
-                Fault(setting, f"cannot be read: {error}.", "Repair or remove the file.", str(path))
-            )
+            remedy = "Repair or remove the file."
+            faults.append(Fault(setting, f"cannot be read: {error}.", remedy, str(path)))
     if faults:
         raise ConfigError(faults)
     return files
@@ -111,13 +107,12 @@ def _open(path: Path, text_key: str) -> DocumentFile:
     if path.suffix == ".bin":
         return TokenFile(path)
     if path.suffix == ".parquet":
-        copy = cached(
-            path, f".{text_key}.jsonl", lambda target: _unpack_parquet(path, text_key, target)
-        )
+        unpack = partial(_unpack_parquet, path, text_key)
+        copy = cached(path, f".{text_key}.jsonl", unpack)
         return JsonLines(copy, text_key, named=path)
     if path.suffix in (".gz", ".zst"):
         opener: Callable = gzip.open if path.suffix == ".gz" else zstandard.open
-        copy = cached(path, ".jsonl", lambda target: _decompress(opener, path, target))
+        copy = cached(path, ".jsonl", partial(_decompress, opener, path))
         return JsonLines(copy, text_key, named=path)
     return JsonLines(path, text_key)
 

@@ -12,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.data.batch import IGNORE_INDEX, Batch
+from torchtitan.data.batch import Batch
 from torchtitan.data.datasets import open_sources, parse_dataset
-from torchtitan.data.packing import PackedStream
+from torchtitan.data.packing import PackedStream, SkipReport
 from torchtitan.data.slots import Slot
 from torchtitan.data.source import Dealing
 from torchtitan.data.tokenizer import Tokenizer
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class _SlotStream(IterableDataset):
         specs = parse_dataset(config.dataset, config.dataset_path, config.section)
         dealing = Dealing(config.num_slots, config.seed, config.shuffle)
         self.sources = open_sources(specs, dealing, config.section, config.dataset_path)
+        self.reports = [SkipReport(source.name) for source in self.sources]
         self.weights = [spec.weight for spec in specs]
         self.tokenizer, self.slots, self.seq_len = tokenizer, slots, config.seq_len
         self.num_slots, self.repeat, self.section = config.num_slots, config.repeat, config.section
@@ -187,8 +189,8 @@ class _SlotStream(IterableDataset):
                 number,
                 self.num_slots,
                 [
-                    PackedStream(source, number, self.tokenizer, self.repeat)
-                    for source in self.sources
+                    PackedStream(source, number, self.tokenizer, self.repeat, report)
+                    for source, report in zip(self.sources, self.reports)
                 ],
                 self.weights,
             )

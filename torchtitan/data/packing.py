@@ -2,13 +2,28 @@
 
 import numpy as np
 
-from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.data.source import BadDocument, DataError, Source
 from torchtitan.data.tokenizer import Tokenizer
 from torchtitan.logging import logger
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
-_REPORTED = 10  # bad documents named by each stream; the rest are only counted
+_NAMED = 10  # bad documents of a source that are all named; of more, each tenfold
 _FRUITLESS = 100_000  # documents or epochs in a row without a single token: something is wrong
+
+
+class SkipReport:
+    """Says which documents of one source were bad, to all slots of a process together."""
+
+    def __init__(self, source: str):
+        self.source, self.count = source, 0
+
+    def tell(self, error: BadDocument) -> None:
+        self.count += 1
+        if self.count <= _NAMED:
+            more = "; of more, their number" if self.count == _NAMED else ""
+            logger.warning(f"document skipped: {error}{more}")
+        elif f"{self.count}".rstrip("0") == "1":
+            logger.warning(f"{self.source}: {self.count} documents skipped so far; the last: {error}")
 
 
 class PackedStream:
@@ -17,8 +32,11 @@ class PackedStream:
     Its place is four integers; tokens are never part of it, they are made again from the document.
     """
 
-    def __init__(self, source: Source, slot: int, tokenizer: Tokenizer, repeat: bool):
+    def __init__(
+        self, source: Source, slot: int, tokenizer: Tokenizer, repeat: bool, report: SkipReport
+    ):
         self._source, self._slot, self._tokenizer, self._repeat = source, slot, tokenizer, repeat
+        self._report = report
         self.epoch = 0
         self.document = 0  # of those that belong to the slot in this epoch
         self.offset = 0  # tokens of that document already handed out
@@ -108,11 +126,7 @@ class PackedStream:
 
     def _skip(self, error: BadDocument) -> None:
         self.skipped += 1
-        if self.skipped <= _REPORTED:
-            last = (
-                "; further ones of this slot are only counted" if self.skipped == _REPORTED else ""
-            )
-            logger.warning(f"document skipped: {error}{last}")
+        self._report.tell(error)
         self._next_document()
 
     def _next_document(self) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan.data.batch import IGNORE_INDEX
 from torchtitan.data.packing import PackedStream
+from torchtitan.ops.cross_entropy import IGNORE_INDEX
 
 
 class Slot:

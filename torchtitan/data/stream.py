@@ -11,9 +11,8 @@ from torchtitan.data.permutation import mix
 from torchtitan.data.source import BadDocument, Dealing, Document
 from torchtitan.logging import logger
 
-_BUFFER = (
-    1000  # documents drawn from at random; more shuffles better and holds more memory in every slot
-)
+_BUFFER = 1000
+"""Documents drawn from at random: more are shuffled better, and take more memory in every slot."""
 
 Shard = Callable[[], Iterable[Document | BadDocument]]
 
@@ -57,12 +56,10 @@ class StreamedSource:
         documents = (document for shard in shards for document in shard())
         if dealing.shuffle:
             documents = _shuffled(documents, draw)
-        if (
-            in_turn
-        ):  # moving on by one slot an epoch, so that a few documents reach every slot in time
-            documents = islice(
-                documents, (slot - epoch) % dealing.num_slots, None, dealing.num_slots
-            )
+        if in_turn:
+            # Moving on by one slot an epoch, so that a few documents reach every slot in time.
+            first = (slot - epoch) % dealing.num_slots
+            documents = islice(documents, first, None, dealing.num_slots)
         return documents
 
     def __getstate__(self) -> dict:
@@ -74,13 +71,12 @@ def open_hub(name: str, subset: str | None, split: str, text_key: str, setting: 
     try:
         import datasets
     except ImportError as error:
+        reason = "streaming from the Hub needs the package datasets."
         remedy = (
             "pip install 'torchtitan[datasets]', "
             "or use local files or the offline c4_test and c4_test_validation."
         )
-        raise ConfigError(
-            [Fault(setting, "streaming from the Hub needs the package datasets.", remedy, name)]
-        ) from error
+        raise ConfigError([Fault(setting, reason, remedy, name)]) from error
     try:
         dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
     except (OSError, ValueError) as error:  # unknown name, subset or split; no network

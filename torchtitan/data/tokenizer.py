@@ -43,21 +43,14 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a folder with tokenizer.json and, for BOS and EOS, tokenizer_config.json."""
     path = Path(path)
     if path.name.endswith("tokenizer.model"):
-        raise _refused(
-            path,
-            "SentencePiece and tiktoken files are not supported.",
-            "Name a folder with a tokenizer.json.",
-        )
+        reason = "SentencePiece and tiktoken files are not supported."
+        raise _refused(path, reason, "Name a folder with a tokenizer.json.")
     if path.name == "tokenizer.json":
         path = path.parent
     if not (path / "tokenizer.json").is_file():
         reason = "has no tokenizer.json." if path.is_dir() else "there is no such folder."
-        raise _refused(
-            path,
-            reason,
-            "Name a folder with a Hugging Face tokenizer, such as ./tests/assets/tokenizer.",
-        )
-
+        remedy = "Name a folder with a Hugging Face tokenizer, such as ./tests/assets/tokenizer."
+        raise _refused(path, reason, remedy)
     backend = _read_backend(path)
     config = _read_config(path)
     vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -85,34 +78,20 @@ def check_tokenizer(tokenizer: Tokenizer, model_vocab_size: int) -> list[Fault]:
     path = str(tokenizer.path)
     size = tokenizer.vocab_size
     remedy = f"Use the model's own tokenizer, or set model.overrides.vocab_size = {size} or more."
-    faults = [
-        Fault(
-            SETTING,
-            f"its ids reach {size - 1}, the model embeds only {model_vocab_size}.",
-            remedy,
-            path,
-        )
-    ]
+    reasons = [f"its ids reach {size - 1}"]
     for name, token_id in (("BOS", tokenizer.bos_id), ("EOS", tokenizer.eos_id)):
         if token_id is not None and token_id >= model_vocab_size:
-            faults.append(
-                Fault(
-                    SETTING,
-                    f"{name} has id {token_id}, the model embeds only {model_vocab_size}.",
-                    remedy,
-                    path,
-                )
-            )
-    return faults
+            reasons.append(f"{name} has id {token_id}")
+    embedded = f"the model embeds only {model_vocab_size}."
+    return [Fault(SETTING, f"{reason}, {embedded}", remedy, path) for reason in reasons]
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception for anything wrong with the file
-        raise _refused(
-            path, f"tokenizer.json cannot be read: {error}.", "Download it again."
-        ) from error
+        reason = f"tokenizer.json cannot be read: {error}."
+        raise _refused(path, reason, "Download it again.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -122,15 +101,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _refused(
-            path, f"tokenizer_config.json cannot be read: {error}.", "Download it again."
-        ) from error
+        reason = f"tokenizer_config.json cannot be read: {error}."
+        raise _refused(path, reason, "Download it again.") from error
     if not isinstance(config, dict):
-        raise _refused(
-            path,
-            f"tokenizer_config.json holds {type(config).__name__}, not an object.",
-            "Download it again.",
-        )
+        reason = f"tokenizer_config.json holds {type(config).__name__}, not an object."
+        raise _refused(path, reason, "Download it again.")
     return config
 
 
@@ -143,10 +118,8 @@ def _special_id(
     if token is None:
         return None
     if token not in vocabulary:
-        raise _refused(
-            path,
-            f"tokenizer_config.json names the {key} {token!r}, which is not in the vocabulary.",
-        )
+        reason = f"tokenizer_config.json names the {key} {token!r}, which is not in the vocabulary."
+        raise _refused(path, reason)
     return vocabulary[token]
 
 

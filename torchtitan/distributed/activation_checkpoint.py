@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 
 from torchtitan.config.schema import ActivationCheckpoint
 from torchtitan.ops import experts as _experts, top_k as _top_k  # noqa: F401 - define operators
-from torchtitan.routing import decide_once
+from torchtitan.routing_decisions import decide_once
 
 _ATTENTION = {
     getattr(torch.ops.aten, name).default

@@ -15,7 +15,7 @@ from torchtitan.distributed.context_parallel import apply_context_parallel, sequ
 from torchtitan.distributed.expert_parallel.apply import apply_expert_parallel
 from torchtitan.distributed.fsdp import Precision, apply_fsdp
 from torchtitan.distributed.mesh import Degrees, Meshes
-from torchtitan.distributed.plan import match
+from torchtitan.distributed.plan import styles_of
 from torchtitan.distributed.styles import apply_styles
 from torchtitan.sharding import Style
 
@@ -25,7 +25,7 @@ def parallelize(
 ) -> None:
     """Split, checkpoint, compile and shard a model, or a stage of it, on the meta device, in place."""
     plan = model.parallel_plan()
-    styles = match(plan, model)
+    styles = styles_of(plan, model)
     model.to(precision.store)
     sequence_parallel = config.parallelism.enable_sequence_parallel
     if degrees.tp > 1:

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part, with_local_part
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -49,10 +48,7 @@ class CastCopy:
 # No method: from the hook, which is C++'s, a cycle would lead to the tensor, and nobody would find it.
 def _hand_over(of: weakref.ref[nn.Parameter], tensor: torch.Tensor) -> None:
     source, grad, tensor.grad = of(), tensor.grad, None
-    if isinstance(source, DTensor):
-        shape = {"shape": source.shape, "stride": source.stride()}
-        layout = (source.device_mesh, source.placements)
-        grad = DTensor.from_local(grad, *layout, run_check=False, **shape)
+    grad = with_local_part(source, grad)
     source.grad = grad if source.grad is None else source.grad.to(source.dtype).add_(grad)
 
 

@@ -5,7 +5,7 @@ copies of its weights. Every reduction is a SUM: the loss is already divided by 
 the whole global batch, so there is no averaging factor that could be wrong.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,8 @@ from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.comm import has_fast_bfloat16
-from torchtitan.distributed.mesh import Meshes, local_part
+from torchtitan.distributed.local_parts import local_part
+from torchtitan.distributed.mesh import Meshes
 from torchtitan.distributed.parameter_views import use_cast_parameters
 from torchtitan.sharding import EXPERT_HIDDEN_DIM
 
@@ -69,9 +70,9 @@ def apply_fsdp(
     """
     dense = meshes.dense
     pipelined = dense["pp"].size() > 1
-    by_itself = partial(_compute_by_itself, model, precision=precision, pipelined=pipelined)
+    compute_unsharded = partial(_compute_unsharded, model, precision=precision, pipelined=pipelined)
     if dense.size() == dense["pp"].size() and not offload:
-        by_itself([name for unit in units for name in unit])
+        compute_unsharded([name for unit in units for name in unit])
         return
     # Casting inputs would round the RoPE table; activations follow the embedding's dtype.
     casts = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
@@ -80,16 +81,16 @@ def apply_fsdp(
     mesh = _data_parallel(dense, "fsdp")
     of_experts = mesh if meshes.experts is None else _data_parallel(meshes.experts, "efsdp")
     weights = {w for name in experts for w in model.get_submodule(name).parameters()}
-    alone = not offload and _alone(of_experts, meshes)
-    if alone:
-        by_itself(experts, rest=False)
-    ignored = weights if alone else set()
+    experts_unsharded = not offload and _are_unsharded(of_experts, meshes)
+    if experts_unsharded:
+        compute_unsharded(experts, rest=False)
+    ignored = weights if experts_unsharded else set()
     shard = partial(fully_shard, mp_policy=casts, offload_policy=offloads, ignored_params=ignored)
     placement = partial(_expert_placement, weights, of_experts.size(-1))
     for unit in units:
         frees = reshard == "always"
         frees |= reshard == "default" and not pipelined and unit is not units[-1]
-        if of_experts is not mesh and not alone:
+        if of_experts is not mesh and not experts_unsharded:
             for name in _inside(unit, experts):
                 module = model.get_submodule(name)
                 shard(module, mesh=of_experts, reshard_after_forward=frees, shard_placement_fn=placement)
@@ -111,13 +112,13 @@ def _inside(unit: Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(name.startswith(f"{part}.") for part in unit)]
 
 
-def _alone(of_experts: DeviceMesh, meshes: Meshes) -> bool:
-    """Whether one rank has a part of the experts, and all of its gradient: there is nothing to share."""
+def _are_unsharded(of_experts: DeviceMesh, meshes: Meshes) -> bool:
+    """Whether each expert is on one rank only, with all of its gradient: FSDP has nothing to do."""
     experts = meshes.experts
     return experts is not None and of_experts.size() == experts["etp"].size() == 1
 
 
-def _compute_by_itself(
+def _compute_unsharded(
     model: nn.Module, names: Sequence[str], precision: Precision, pipelined: bool, rest: bool = True
 ) -> None:
     """Have modules of `model` whose weights no other rank shares compute in the run's precision.
@@ -183,13 +184,11 @@ def fill_parameters(
             on_rows = [getattr(placement, "dim", None) == 0 for placement in parameter.placements]
             of_rows = [p if on else whole for p, on in zip(parameter.placements, on_rows)]
             of_rest = [whole if on else p for p, on in zip(parameter.placements, on_rows)]
-            part = draw(name, parameter.shape, _local_part(rows, mesh, of_rows))
-            parameter.to_local().copy_(_local_part(part, mesh, of_rest))
+            part = draw(name, parameter.shape, _part_of(rows, mesh, of_rows))
+            parameter.to_local().copy_(_part_of(part, mesh, of_rest))
 
 
-def _local_part(
-    whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]
-) -> torch.Tensor:
+def _part_of(whole: torch.Tensor, mesh: DeviceMesh, placements: list[Placement]) -> torch.Tensor:
     """What this rank holds of a tensor that all ranks have."""
     if all(placement.is_replicate() for placement in placements):
         return whole

@@ -1,18 +1,13 @@
 """How many ranks each kind of parallelism gets, and the DeviceMeshes that follow."""
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.near_numbers import nearest_divisors
 from torchtitan.config.schema import Parallelism
-
-T = TypeVar("T")
 
 _REPLICATE = "parallelism.data_parallel_replicate_degree"
 _SHARD = "parallelism.data_parallel_shard_degree"
@@ -138,27 +133,10 @@ class Degrees:
         return Meshes(dense, experts, cp)
 
 
-def by_mesh(items: Iterable[T], key: Callable[[T], torch.Tensor]) -> list[list[T]]:
-    """`items` divided by the mesh of the tensor that `key` gives; plain tensors are a part too."""
-    parts: dict[DeviceMesh | None, list[T]] = {}
-    for item in items:
-        tensor = key(item)
-        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
-        parts.setdefault(mesh, []).append(item)
-    return list(parts.values())
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, plain or DTensor; no copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _not_a_divisor(setting: str, value: int, ranks: int, world_size: int, enough: int) -> Fault:
     """A degree that does not divide `ranks` of the world's; a world of `enough` would do."""
-    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:2])
     more = f", or start {enough} ranks, as NGPU={enough} ./run_train.sh does" if enough > world_size else ""
-    remedy = f"Use {' or '.join(map(str, nearest))}{more}."
+    remedy = f"Use {nearest_divisors(ranks, value)}{more}."
     left = f"the {ranks} that other degrees leave of {world_size}"
     whose = f"the {ranks} ranks there are" if ranks == world_size else left
     return Fault(setting, f"does not divide {whose}.", remedy, value=value)

@@ -10,11 +10,10 @@ from functools import cache
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from torchtitan.distributed.cast_copy import cast_copy, is_plain, keep_copy
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 
 
 def use_local_parameters(
@@ -85,10 +84,7 @@ class _Cast:
     dtype: torch.dtype
 
     def __call__(self, module: nn.Module, name: str) -> torch.Tensor:
-        parameter = module._parameters[name]
-        if isinstance(parameter, DTensor):
-            parameter = parameter.to_local()
-        return parameter.to(self.dtype)
+        return local_part(module._parameters[name]).to(self.dtype)
 
 
 @dataclass(frozen=True)

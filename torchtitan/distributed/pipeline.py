@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.utils.checkpoint import GraphExecGroup
 
 from torchtitan.config.pipeline import PipelinePlan
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 
 
 class Microbatches(Protocol):

@@ -8,7 +8,7 @@ from torch import nn
 from torchtitan.sharding import ParallelPlan, Rule, Style
 
 
-def match(plan: ParallelPlan, model: nn.Module) -> dict[str, Style]:
+def styles_of(plan: ParallelPlan, model: nn.Module) -> dict[str, Style]:
     """The style of every module that has one, by name.
 
     Raises AssertionError naming each rule that matches no module, each parameter whose module has no
@@ -34,7 +34,7 @@ def match(plan: ParallelPlan, model: nn.Module) -> dict[str, Style]:
 
 def describe(plan: ParallelPlan, model: nn.Module) -> Iterator[str]:
     """The plan as a table, a line a rule and an FSDP unit; layers that are alike share a line."""
-    styles = match(plan, model)
+    styles = styles_of(plan, model)
     yield f"{'modules':44} {'style':14} weight"
     for rule in plan.rules:
         names = [name for name in styles if _matches(rule.pattern, name)]

@@ -28,6 +28,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torchtitan.config.schema import Parallelism
 from torchtitan.distributed.parameter_views import use_local_parameters
 from torchtitan.ops.cross_entropy import linear_cross_entropy
+from torchtitan.ops.wide import widened
 from torchtitan.sharding import Style
 
 SEQUENCE_DIM = 1
@@ -179,7 +180,7 @@ class _SplitRMSNorm(nn.RMSNorm):
     """RMSNorm of this rank's part of the features."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = widened(x)
         squares = wide.square().sum(-1, keepdim=True)
         squares = DTensor.from_local(squares, self.mesh, [Partial()], run_check=False)
         squares = squares.redistribute(placements=[Replicate()])

@@ -4,7 +4,7 @@ B batch, L sequence, D model, V vocabulary, C head_dim.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -60,9 +60,9 @@ class DecoderConfig:
     """Attention kernel on GPUs; CPUs compute all of them by SDPA."""
     attn_mask_type: Literal["causal", "block_causal"] = "causal"
     """causal: over the whole packed sequence; block_causal: each document by itself."""
-    batch_invariant: bool = False
-    """Each document goes through attention by itself. Set by `update_from_config`, as the next."""
-    seq_len: int = 0
+    batch_invariant: bool = field(default=False, metadata={"set_by": "debug.batch_invariant"})
+    """Each document goes through attention by itself."""
+    seq_len: int = field(default=0, metadata={"set_by": "training.seq_len"})
     """Longest sequence of this run: the length of the RoPE table."""
 
     @property
@@ -92,7 +92,10 @@ class DecoderConfig:
         return self.moe is not None and layer_id >= self.n_dense_layers
 
     def update_from_config(self, config: JobConfig) -> "DecoderConfig":
-        """A copy that knows the run's facts. Raises ConfigError with every fault; changes nothing."""
+        """A copy that knows the run's facts, the fields that other keys set.
+
+        Raises ConfigError with every fault; changes nothing.
+        """
         if faults := list(self._size_faults()):
             raise ConfigError(faults)  # the other rules divide by sizes
         faults = [

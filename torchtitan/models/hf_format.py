@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.nested import value_at, with_value
 from torchtitan.models.hf_positions import read_positions, write_scaling
 from torchtitan.weight_map import Drop, OnlyOurs, Rename, Stack, Twin, WeightMap
 
@@ -22,10 +23,8 @@ quantization_config router_aux_loss_coef seq_aux tokenizer_class torch_dtype tra
 use_cache"""
 """Fields that do not change logits in evaluation mode, or that the reader of weights looks at."""
 
-_RUNTIME = {"seq_len", "attn_type", "attn_mask_type", "force_load_balance", "experts_backend"}
-_RUNTIME |= {"max_rows_per_chunk", "load_balance_coeff", "sequence_balance_coeff"}
-_RUNTIME |= {"global_balance_coeff", "router_z_coeff"}
-"""Fields of ours that say how a model is computed or trained, not what it is."""
+_RUNTIME = {"attn_type", "attn_mask_type", "load_balance_coeff"}
+"""Fields of ours that say how a model is computed or trained, not what it is: beside what the run sets."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def differences(config: Any, other: Any, path: str = "") -> Iterator[tuple[str, 
         return
     for field in fields(config):
         ours, theirs = getattr(config, field.name), getattr(other, field.name)
-        if field.name in _RUNTIME or ours == theirs:
+        if field.name in _RUNTIME or "set_by" in field.metadata or ours == theirs:
             continue
         inner = f"{path}.{field.name}".removeprefix(".")
         if is_dataclass(ours):
@@ -129,7 +128,7 @@ def _decode(format: HFFormat, theirs: Mapping[str, Any]) -> Any:
             faults.append(Fault(name, "is missing."))
             continue
         try:
-            config = _put(config, field.ours, field.decode(value))
+            config = with_value(config, field.ours, field.decode(value))
         except ValueError as error:
             faults.append(Fault(name, f"{error}.", value=value))
     for name, value in format.fixed.items():
@@ -156,7 +155,7 @@ def _decode(format: HFFormat, theirs: Mapping[str, Any]) -> Any:
 
 def _encode(format: HFFormat, config: Any) -> dict[str, Any]:
     theirs = {"architectures": [format.architecture], "model_type": format.model_type}
-    theirs |= {name: field.encode(_get(config, field.ours)) for name, field in format.fields.items()}
+    theirs |= {name: field.encode(value_at(config, field.ours)) for name, field in format.fields.items()}
     theirs |= format.fixed
     # As transformers 4 names them: 5 reads these too, and so does other software.
     theirs["rope_theta"] = config.rope_theta
@@ -168,17 +167,6 @@ def _encode(format: HFFormat, config: Any) -> dict[str, Any]:
     if faults:
         raise ConfigError(faults)
     return theirs
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def _put(config: Any, path: str, value: Any) -> Any:
-    name, _, rest = path.partition(".")
-    return replace(config, **{name: _put(getattr(config, name), rest, value) if rest else value})
 
 
 def leading_layers(indices: Sequence[int]) -> int:

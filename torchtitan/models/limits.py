@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torchtitan.config.faults import Fault
+from torchtitan.config.near_numbers import nearest_divisors, nearest_multiples
 from torchtitan.config.schema import JobConfig, Parallelism
 from torchtitan.config.sequence_cuts import cuts_head_and_tail, length_unit
 from torchtitan.models.moe.config import MoEConfig
@@ -25,7 +26,7 @@ def tensor_parallel_faults(tp: int, sizes: Mapping[str, int]) -> Iterator[Fault]
         yield Fault(
             "parallelism.tensor_parallel_degree",
             f"does not divide {' and '.join(uneven)} of the model.",
-            _use_divisors(math.gcd(*sizes.values()), tp),
+            f"Use {nearest_divisors(math.gcd(*sizes.values()), tp)}.",
             value=tp,
         )
 
@@ -43,7 +44,7 @@ def context_parallel_faults(config: JobConfig, sizes: Mapping[str, int]) -> Iter
         yield Fault(
             "parallelism.context_parallel_degree",
             f"does not divide the {' and '.join(uneven)}{of_rank}.",
-            f"{_use_divisors(math.gcd(*left.values()), cp)[:-1]}, or set "
+            f"Use {nearest_divisors(math.gcd(*left.values()), cp)}, or set "
             'parallelism.context_parallel_method = "kv".',
             value=cp,
         )
@@ -58,8 +59,7 @@ def length_faults(config: JobConfig, max_seq_len: int) -> Iterator[Fault]:
             remedy = f"Use at most {max_seq_len}, or raise model.overrides.max_seq_len."
             yield Fault(key, reason, remedy, length)
         if length % unit:
-            below = length // unit * unit
-            remedy = f"Use {f'{below} or ' if below else ''}{below + unit}"
+            remedy = f"Use {nearest_multiples(unit, length)}"
             without = replace(config.parallelism, enable_sequence_parallel=False)
             if length % length_unit(without) == 0:
                 remedy += ", or set parallelism.enable_sequence_parallel = false"
@@ -94,7 +94,7 @@ def routing_faults(moe: MoEConfig) -> Iterator[Fault]:
     """The experts' own numbers fit together."""
     prefix = "model.overrides.moe"
     if moe.num_experts % moe.num_expert_groups:
-        remedy = _use_divisors(moe.num_experts, moe.num_expert_groups)
+        remedy = f"Use {nearest_divisors(moe.num_experts, moe.num_expert_groups)}."
         reason = f"does not divide the {moe.num_experts} experts."
         yield Fault(f"{prefix}.num_expert_groups", reason, remedy, moe.num_expert_groups)
         return
@@ -120,7 +120,7 @@ def expert_parallel_faults(config: JobConfig, moe: MoEConfig) -> Iterator[Fault]
     ep, etp = parallelism.expert_parallel_degree, parallelism.expert_tensor_parallel_degree
     if moe.num_experts % ep:
         reason = f"does not divide the {moe.num_experts} experts of a layer."
-        remedy = _use_divisors(moe.num_experts, ep)
+        remedy = f"Use {nearest_divisors(moe.num_experts, ep)}."
         yield Fault("parallelism.expert_parallel_degree", reason, remedy, ep)
     if ep > 1 and moe.ffn_dim % etp:  # with ep = 1 the tensor-parallel degree splits experts
         reason = f"does not divide the experts' width of {moe.ffn_dim}."
@@ -145,10 +145,3 @@ def no_expert_faults(config: JobConfig) -> Iterator[Fault]:
 
 def _use_up_to(most: int) -> str:
     return f"Use 1 to {most}." if most > 1 else "Use 1."
-
-
-def _use_divisors(number: int, wanted: int) -> str:
-    """The two divisors of a number that come nearest to the one asked for."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    nearest = sorted(sorted(divisors, key=lambda n: abs(n - wanted))[:2])
-    return f"Use {' or '.join(map(str, nearest))}."

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchtitan import models
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
 from torchtitan.models.hf_format import HFFormat
 
 
@@ -65,11 +65,15 @@ def _flavors(name: str) -> dict[str, Any]:
 
 def _override(config: Any, overrides: dict[str, Any], path: str) -> Any:
     known = {field.name: getattr(config, field.name) for field in fields(config)}
+    set_by = {field.name: field.metadata.get("set_by") for field in fields(config)}
     types = get_type_hints(type(config))
     changes, faults = {}, []
     for key, value in overrides.items():
         if key not in known:
-            faults.append(_unknown(path, key, list(known)))
+            faults.append(_unknown(path, key, [name for name in known if not set_by[name]]))
+        elif set_by[key]:
+            reason = f"{set_by[key]} sets it in every run."
+            faults.append(Fault(f"{path}.{key}", reason, f"Write {set_by[key]}.", value))
         elif is_dataclass(known[key]) and isinstance(value, dict):
             changes[key] = _override(known[key], value, f"{path}.{key}")
         elif (
@@ -96,6 +100,5 @@ def _type_fault(path: str, declared: Any, present: Any, value: Any) -> Fault | N
 
 
 def _unknown(setting: str, value: Any, known: list[str]) -> Fault:
-    near = nearest(str(value), known)
-    remedy = (f"Did you mean {near!r}? " if near else "") + f"Known: {', '.join(known)}."
+    remedy = f"{did_you_mean(str(value), known)} Known: {', '.join(known)}.".lstrip()
     return Fault(setting, "no such name.", remedy, value=value)

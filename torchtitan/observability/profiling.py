@@ -52,17 +52,9 @@ class StepRecorders(ExitStack):
 def check_memory_snapshot(config: Profiling, device: torch.device) -> None:
     """Raise ConfigError if snapshots are asked for on a device other than a GPU."""
     if config.enable_memory_snapshot and device.type != "cuda":
-        raise ConfigError(
-            [
-                Fault(
-                    "profiling.enable_memory_snapshot",
-                    f"snapshots record the allocator of a CUDA device, and this run is on "
-                    f"{device.type}.",
-                    "Set it to false, or use profiling.enable_profiling.",
-                    value=True,
-                )
-            ]
-        )
+        reason = f"snapshots record the allocator of a CUDA device, and this run is on {device.type}."
+        remedy = "Set it to false, or use profiling.enable_profiling."
+        raise ConfigError([Fault("profiling.enable_memory_snapshot", reason, remedy, True)])
 
 
 class TraceRecorder(AbstractContextManager):

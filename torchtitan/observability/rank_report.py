@@ -1,10 +1,12 @@
 """A run is stuck or broken: which rank is the odd one, and what does its user read about it?"""
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-TOLD_TO_END = "told to end (SIGTERM)"
+ENDED_BY = {signal.SIGINT: "interrupted (SIGINT)", signal.SIGTERM: "told to end (SIGTERM)"}
+"""Complaints of ranks that a signal ends, which is no failure."""
 
 
 @dataclass
@@ -52,7 +54,8 @@ class RankState:
 class Verdict:
     odd_ranks: tuple[int, ...]
     headline: str
-    is_failure: bool = True
+    ended_by: int = 0
+    """The signal that asked for the end; 0 for a failure."""
 
 
 def judge(states: Sequence[RankState], now: float) -> Verdict:
@@ -77,8 +80,10 @@ def judge(states: Sequence[RankState], now: float) -> Verdict:
         ]
         return Verdict(tuple(state.rank for state in broken + silent), "; ".join(who))
 
-    if {state.complaint for state in states if state.complaint} == {TOLD_TO_END}:
-        return Verdict((), f"{TOLD_TO_END} at {states[0].place}", is_failure=False)
+    complaints = {state.complaint for state in states if state.complaint}
+    if complaints and complaints <= set(ENDED_BY.values()):
+        number = next(number for number, words in ENDED_BY.items() if words in complaints)
+        return Verdict((), f"{ENDED_BY[number]} at {states[0].place}", number)
 
     absent = _absent_from_collectives(states)
     if absent:

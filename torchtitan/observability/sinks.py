@@ -100,6 +100,7 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()  # a killed run keeps what it logged
 
     def close(self) -> None:
         self._writer.close()

@@ -1,11 +1,13 @@
-"""What happens when a rank is killed, freezes, fails or skips a collective: it is named, all end.
+"""What happens when a rank is killed, freezes, fails, skips a collective or is interrupted: all end.
 
 Each rank tells the others ten times a second where it is, through the launcher's store. A rank that
 makes no progress for too long, raises, or is told to end raises the alarm; all ranks that live
 answer it, print one report of all ranks, and end with status 1. Who does not answer is the cause.
+An end that was asked for, by Ctrl-C, say, is one line, and status 128 + the signal.
 """
 
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -14,16 +16,18 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch.distributed as dist
 from typing_extensions import Self
 
 from torchtitan.distributed.comm import World, collectives_started
-from torchtitan.observability.rank_report import TOLD_TO_END, RankState, Verdict, judge, render
+from torchtitan.observability.rank_report import ENDED_BY, RankState, Verdict, judge, render
 
 BEAT_SECONDS = 0.1
 BEATS_PER_SECOND_OF_ALL = 2000
@@ -34,7 +38,6 @@ LINGER_SECONDS = 1.5
 """How long a rank stays after its report: the launcher, whose store others still read, ends with it."""
 STACK_DEPTH = 20
 EXIT_FAILURE = 1
-EXIT_SIGTERM = 128 + signal.SIGTERM
 SILENCE = "was sent SIGTERM, and a rank is silent"
 
 
@@ -42,16 +45,23 @@ class Watchdog:
     """Guards the block it wraps: `with Watchdog(...) as watchdog`, then `mark` what happens when.
 
     `timeout` is the longest a phase may take, in seconds. One process alone has nobody to watch.
-    SIGTERM ends all ranks at once, if `sigterm_ends`. Otherwise it is left to a handler that is there
-    already, and only a sign that a rank may have died: torchrun then sends it to the others.
+    SIGINT ends all ranks at once, and so does SIGTERM, if `sigterm_ends`. Otherwise that is left to a
+    handler that is there already, and only a sign that a rank may have died: torchrun then sends it to
+    the others. `farewell` gives what is said of the run where a signal has ended it.
     """
 
     def __init__(
-        self, world: World, timeout: float, dump_folder: str | Path, sigterm_ends: bool = True
+        self,
+        world: World,
+        timeout: float,
+        dump_folder: str | Path,
+        sigterm_ends: bool = True,
+        farewell: Callable[[], str] = lambda: "",
     ):
         self._timeout = timeout
         self._place = (0, 0, "start", time.monotonic())
-        self._sigterm_ends = sigterm_ends
+        self._ends_by = (signal.SIGINT, signal.SIGTERM) if sigterm_ends else (signal.SIGINT,)
+        self._farewell = farewell
         self._patrol = _Patrol(self, world, Path(dump_folder)) if world.size > 1 else None
 
     def mark(self, step: int, phase: str) -> None:
@@ -66,11 +76,29 @@ class Watchdog:
     def close(self) -> None:
         if self._patrol is not None:
             self._patrol.finish()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def end(self, headline: str, number: int) -> NoReturn:
+        """End this process because a signal has asked for it."""
+        words = [headline]
+        with suppress(OSError):  # a disk that cannot be read: the end must come all the same
+            words.append(self._farewell())
+        _say(": ".join(filter(None, words)))
+        _leave(128 + number)
 
     def __enter__(self) -> Self:
         if self._patrol is not None:
             self._patrol.start()
+        handle = self._end_alone if self._patrol is None else _leave_it_to_the_patrol
+        self._handlers = {number: signal.signal(number, handle) for number in self._ends_by}
+        os.register_at_fork(after_in_child=_forget_signals)
         return self
+
+    def _end_alone(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends what follows, too
+        _, step, phase, _ = self._place
+        self.end(f"{ENDED_BY[number]} at step {step}, phase {phase}", number)
 
     def __exit__(
         self,
@@ -115,9 +143,6 @@ class _Patrol(threading.Thread):
         # the main thread leaves its collective, that is never; the wake-up socket is written at once.
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        if self._watchdog._sigterm_ends:
-            signal.signal(signal.SIGTERM, lambda number, frame: None)
-        os.register_at_fork(after_in_child=_forget_signals)
         super().start()
 
     def fail(self, error: BaseException) -> None:
@@ -134,8 +159,6 @@ class _Patrol(threading.Thread):
         self._wakeup.send(b"\0")
         self.join()
         signal.set_wakeup_fd(-1)
-        if self._watchdog._sigterm_ends:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def run(self) -> None:
         try:
@@ -151,12 +174,12 @@ class _Patrol(threading.Thread):
     def _anything_wrong(self) -> bool:
         """Look around for one beat."""
         state, watchdog = self._state, self._watchdog
-        told_to_end = False
+        received = b""
         if select.select([self._signals], [], [], self._beat)[0]:
-            told_to_end = signal.SIGTERM in self._signals.recv(64)
-        if told_to_end and watchdog._sigterm_ends:
-            state.complaint = TOLD_TO_END
-        elif told_to_end:
+            received = self._signals.recv(64)
+        if ends_by := next((number for number in watchdog._ends_by if number in received), 0):
+            state.complaint = ENDED_BY[ends_by]
+        elif signal.SIGTERM in received:
             self._roll_call = (time.monotonic() + ANSWER_SECONDS, self._read_all())
         elif self._silence_after_roll_call():
             state.complaint = SILENCE
@@ -200,9 +223,8 @@ class _Patrol(threading.Thread):
         return [RankState.from_json(self._store.get(k)) for k in keys if self._store.check([k])]
 
     def _end(self, states: list[RankState], verdict: Verdict) -> None:
-        if not verdict.is_failure:
-            _say(verdict.headline)
-            os._exit(EXIT_SIGTERM)
+        if verdict.ended_by:
+            self._watchdog.end(verdict.headline, verdict.ended_by)
         report = render(states, verdict, time.time())
         _say(report)
         for leave in (self._leave_with_the_run, self._leave_with_torchrun):
@@ -214,9 +236,7 @@ class _Patrol(threading.Thread):
             if state.rank in verdict.odd_ranks and not (state.heard_alarm or state.finished):
                 self._kill_sibling(state)
         time.sleep(LINGER_SECONDS)
-        with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(EXIT_FAILURE)
+        _leave(EXIT_FAILURE)
 
     def _leave_with_the_run(self, headline: str, report: str) -> None:
         self._dump_folder.mkdir(parents=True, exist_ok=True)
@@ -240,14 +260,28 @@ class _Patrol(threading.Thread):
         """End a frozen rank of this launcher, which would else wait 30 s for it."""
         if state.host != self._state.host or state.launcher_pid != self._state.launcher_pid:
             return
-        status = Path(f"/proc/{state.pid}/status")
-        if status.exists() and f"PPid:\t{os.getppid()}\n" in status.read_text():
-            os.kill(state.pid, signal.SIGKILL)
+        # A process that has ended meanwhile may have left its number to another: the handle has not.
+        with suppress(OSError), os.fdopen(os.pidfd_open(state.pid)) as handle:
+            if f"PPid:\t{os.getppid()}\n" in Path(f"/proc/{state.pid}/status").read_text():
+                signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # the log may lie on a disk that is full
-        print(text, file=sys.stderr, flush=True)
+    # Not by sys.stderr: the handler of a signal may have interrupted its writing. The disk may be full.
+    with suppress(OSError), open(2, "w", errors="backslashreplace", closefd=False) as stderr:
+        print(text, file=stderr)
+
+
+def _leave(status: int) -> NoReturn:
+    for worker in multiprocessing.active_children():  # of data loaders: they would see it in seconds
+        worker.kill()
+    with suppress(OSError, RuntimeError):  # a full disk; interrupted in its writing
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def _leave_it_to_the_patrol(number: int, frame: FrameType | None) -> None:
+    """The wake-up socket has told it."""
 
 
 def _main_thread_stack() -> list[str]:
@@ -260,6 +294,7 @@ def _main_thread_stack() -> list[str]:
 
 
 def _forget_signals() -> None:
-    """A data loader's worker is no rank: it ends on SIGTERM as usual."""
+    """A data loader's worker is no rank: it ends by signals as usual."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in ENDED_BY:
+        signal.signal(number, signal.SIG_DFL)

@@ -9,7 +9,7 @@ computed for each document by itself (models/attention_mask.py), experts by the 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # no public name in 2.11 and 2.13
 
-from torchtitan.ops import wide_linear  # noqa: F401: registers the operators that are replaced here
+from torchtitan.ops import wide_linear  # noqa: F401 - registers the operators that are replaced here
 from torchtitan.ops.row_products import one_thread, product
 
 _aten = torch.ops.aten

@@ -1,6 +1,6 @@
 """The training loss from hidden states: product with the output weight and cross-entropy.
 
-T tokens, D model, V vocabulary. Labels of -100, PyTorch's default, count nothing.
+T tokens, D model, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from torchtitan.ops.wide import wide_dtype, widened
+
 _CHUNK_BYTES = 2**31
 """Of logits at a time: large enough for products at full speed, small beside weights and activations."""
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The label of a token that is not trained on, PyTorch's default: it adds nothing to the loss."""
 
 
 class Sides(NamedTuple):
@@ -86,7 +89,8 @@ def chunked_linear_cross_entropy(
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     few = products.multiple if len(labels) == 0 else 0
     if missing := few or -len(labels) % products.multiple:  # of zeros, without labels: they add nothing
-        hidden, labels = F.pad(hidden, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=IGNORED)
+        hidden = F.pad(hidden, (0, 0, 0, missing))
+        labels = F.pad(labels, (0, missing), value=IGNORE_INDEX)
     return _ChunkedLinearCrossEntropy.apply(hidden, weight, labels, products, torch.is_grad_enabled())
 
 
@@ -95,7 +99,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, products, differentiates):
         size = _chunk_size(weight, products.multiple)
         parts = list(zip(hidden.split(size), labels.split(size), strict=True))
-        wide = torch.promote_types(hidden.dtype, torch.float32) if len(parts) > 1 else None
+        wide = wide_dtype(hidden) if len(parts) > 1 else None
         for_hidden, for_weight = (differentiates and needed for needed in ctx.needs_input_grad[:2])
         d_hidden = torch.empty_like(hidden) if for_hidden else None
         d_weight = None
@@ -161,9 +165,9 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         from torchtitan.ops import triton_loss  # PyTorch for CPUs comes without Triton
 
         return triton_loss.cross_entropy_(logits, labels)
-    valid = (labels != IGNORED).unsqueeze(1)
+    valid = (labels != IGNORE_INDEX).unsqueeze(1)
     index = labels.unsqueeze(1).where(valid, 0)
-    log_softmax = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), 1)
+    log_softmax = torch.log_softmax(widened(logits), 1)
     losses = -log_softmax.gather(1, index).where(valid, 0).squeeze(1)
     gradient = log_softmax.exp_()
     gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))

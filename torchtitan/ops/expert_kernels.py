@@ -16,6 +16,7 @@ from torchtitan.logging import logger
 from torchtitan.ops.row_products import grouped_product, groups, one_thread
 from torchtitan.ops.rows import take_rows
 from torchtitan.ops.swiglu import Gating, swiglu, swiglu_backward
+from torchtitan.ops.wide import wide_dtype
 
 BACKENDS = ("auto", "fused", "unfused", "reference")
 
@@ -200,7 +201,7 @@ def _loop_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> tor
 
 def _reference_weights(a: torch.Tensor, b: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Row after row: a zero row anywhere among them changes no bit."""
-    wide = _wide(a.dtype)
+    wide = wide_dtype(a)
     out = torch.zeros(len(counts), a.shape[1], b.shape[1], dtype=wide, device=a.device)
     for group, rows in groups(counts):
         for row in range(rows.start, rows.stop):
@@ -214,10 +215,6 @@ def _full_blocks(x: torch.Tensor) -> Sequence[torch.Tensor]:
     filled = x.new_zeros(num_blocks * _VECTORS, *x.shape[1:])
     filled[: len(x)] = x
     return filled.split(_VECTORS)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _reference_swiglu(

@@ -20,6 +20,7 @@ from torchtitan.ops.expert_kernels import Gathered, Kernels, gather
 from torchtitan.ops.quantized_kernels import choose
 from torchtitan.ops.rows import invert_rows, sum_rows
 from torchtitan.ops.swiglu import Gating
+from torchtitan.ops.wide import wide_dtype, widened
 
 
 class Weights(NamedTuple):
@@ -171,8 +172,7 @@ def _backward(
     d_w2 = kernels.weights(d_y, act, counts)
     d_b2 = _empty_like(None, z) if b2 is None else _sum_groups(kernels, d_y, scores, counts)
     if scores is not None and b2 is not None:
-        wide = d_y.to(_wide(d_y))
-        d_scores += (wide * _per_row(b2, counts, len(d_y))).sum(1).to(scores.dtype)
+        d_scores += (widened(d_y) * _per_row(b2, counts, len(d_y))).sum(1).to(scores.dtype)
     del act, d_y
     d_w13 = kernels.weights(d_z, kernels.operand(rows), counts).view_as(w13)
     d_rows = kernels.clear_after(kernels.rows(d_z, w13.flatten(1, 2), counts), counts)
@@ -197,7 +197,7 @@ def _backward_in_parts(
     num_rows, w13 = _height(rows), weights.w13
     d_rows, d_scores = w13.new_empty(num_rows, w13.shape[3]), _empty_like(scores, w13)
     # Many parts may hold rows of one expert: their sum is rounded once.
-    sums = [_empty_like(weight, w13, _wide(w13)).zero_() for weight in weights]
+    sums = [_empty_like(weight, w13, wide_dtype(w13)).zero_() for weight in weights]
     for part, inside in _parts(num_rows, counts, max_rows):
         rows_in, d_y_in = gather(_part_of(rows, part)), _part_of(d_y, part)
         scores_in = None if scores is None else scores[part]
@@ -257,10 +257,6 @@ def _no_rows(rows: Tensor, w13: Tensor) -> Tensor:
 def _empty_like(x: Tensor | None, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Room for x's gradient; nothing where there is no x, since operators return tensors only."""
     return other.new_empty(0) if x is None else torch.empty_like(x, dtype=dtype)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _kernels(backend: str, weights: Weights, max_rows: int) -> Kernels:

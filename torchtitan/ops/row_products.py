@@ -1,8 +1,7 @@
-"""Products in which a row's bits depend on its own values alone: on no other row, not on how many there
-are, nor on its place among them.
+"""Products in which a row's bits depend on its own values alone, and neither on other rows nor on its place.
 
-A plain product's do, on CPUs and GPUs: libraries choose kernels, and share out work, by shape. R rows,
-G groups, K and N widths.
+In a plain product they depend on both, on CPUs and GPUs: libraries choose kernels, and share out work, by
+shape. R rows, G groups, K and N widths.
 """
 
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+
+from torchtitan.ops.wide import wide_dtype, widened
 
 ALIGNED = 16
 """CPUs multiply blocks whose rows and columns are multiples of this."""
@@ -68,12 +69,11 @@ def _multiply(
     a: torch.Tensor, matrix: torch.Tensor, rows: range, size: int, out: torch.Tensor
 ) -> None:
     """These rows of a by a matrix into those of out: `size` at a time, the last block zero-filled."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    matrix = _fill(matrix.to(wide), ALIGNED)
+    matrix = _fill(matrix.to(wide_dtype(a)), ALIGNED)
     with one_thread():
         for start in rows[::size]:
             part = slice(start, min(start + size, rows.stop))
-            block = _fill(a[part].to(wide), size)
+            block = _fill(widened(a[part]), size)
             out[part] = (block @ matrix)[: part.stop - part.start, : out.shape[1]]
 
 

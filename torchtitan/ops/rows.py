@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from torchtitan.ops.wide import wide_dtype
+
 
 @torch.library.custom_op("torchtitan::sum_rows", mutates_args=())
 def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -16,8 +18,7 @@ def sum_rows(y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         from torchtitan.ops import triton_kernels  # PyTorch for CPUs comes without Triton
 
         return triton_kernels.sum_rows(y, rows)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    total = torch.zeros(len(rows), y.shape[1], dtype=wide, device=y.device)
+    total = torch.zeros(len(rows), y.shape[1], dtype=wide_dtype(y), device=y.device)
     if (rows < 0).any():
         y, rows = F.pad(y, (0, 0, 0, 1)), rows.masked_fill(rows < 0, len(y))
     for k in range(rows.shape[1]):

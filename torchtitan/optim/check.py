@@ -12,12 +12,11 @@ from torchtitan.optim.groups import Settings, check_patterns
 def check_optimizer(config: Optimizer, num_dims: Mapping[str, int]) -> None:
     """Raise ConfigError for what cannot work with a model of these parameters: dimensions by name."""
     check_patterns(config, num_dims)
-    for key in ("name", "bf16_stochastic_round"):
-        value = getattr(config, key)
-        if value in ("AdamW8bit", True) and find_spec("torchao") is None:
-            reason = "is torchao's, which is not installed."
-            remedy = "Install it: pip install torchao==0.18.0."
-            raise ConfigError([Fault(f"optimizer.{key}", reason, remedy, value)])
+    if config.uses_torchao and find_spec("torchao") is None:
+        key = "bf16_stochastic_round" if config.bf16_stochastic_round else "name"
+        reason = "is torchao's, which is not installed."
+        remedy = "Install it: pip install torchao==0.18.0."
+        raise ConfigError([Fault(f"optimizer.{key}", reason, remedy, getattr(config, key))])
 
 
 def check_saved_state(

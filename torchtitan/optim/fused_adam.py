@@ -6,7 +6,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import AdamW
 
 from torchtitan.distributed.cast_copy import cast_copy, is_plain
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 
 
 class FusedAdamW(AdamW):

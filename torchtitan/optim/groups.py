@@ -11,7 +11,7 @@ from torch import nn
 from torchtitan.config.faults import ConfigError, Fault
 from torchtitan.config.optimizer_groups import KEY, OptimizerGroup, read_groups
 from torchtitan.config.schema import Optimizer
-from torchtitan.distributed.mesh import by_mesh
+from torchtitan.distributed.local_parts import by_mesh
 
 NOT_MUONS = ("tok_embeddings.*", "output.*", "*.router.*", "*.b13", "*.b2")
 """What has two dimensions or more and is not Muon's, unless a table says so: both ends of the model,

@@ -11,10 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # no public name in 2.11 and 2.13
-from torch.distributed.tensor import DTensor, Replicate
 
 from torchtitan.distributed.comm import is_fake
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part, place_of
 from torchtitan.optim.eight_bit import BLOCK_SIZE, is_quantizable
 
 
@@ -82,7 +81,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             return
         rounds = self.stochastic and weight.dtype == torch.bfloat16
         if rounds:
-            torch.manual_seed(_seed(self.seed, name, int(state["step"]), _place(param)))
+            torch.manual_seed(_seed(self.seed, name, int(state["step"]), place_of(param)))
         self.update(
             weight.detach(),
             local_part(param.grad),
@@ -105,14 +104,6 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (param for group in self.param_groups for param in group["params"])
-
-
-def _place(param: nn.Parameter) -> tuple[int, ...]:
-    """Which part of a parameter this rank holds: equal where ranks hold the same."""
-    if not isinstance(param, DTensor):
-        return ()
-    coordinates = zip(param.device_mesh.get_coordinate(), param.placements, strict=True)
-    return tuple(index for index, kind in coordinates if not isinstance(kind, Replicate))
 
 
 def _seed(*of: object) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.optim.whole_matrices import Cut, cuts_of, on_whole_matrices
 
 NUM_ITERATIONS = 5

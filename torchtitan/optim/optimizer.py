@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Adam, AdamW
 
 from torchtitan.config.schema import Optimizer as OptimizerConfig
-from torchtitan.distributed.mesh import by_mesh
+from torchtitan.distributed.local_parts import by_mesh
 from torchtitan.optim.fused_adam import FusedAdam, FusedAdamW, takes
 from torchtitan.optim.groups import parameter_groups
 from torchtitan.optim.low_precision import LowPrecisionAdamW
@@ -73,7 +73,7 @@ def _build(
     if name == "Muon":
         return Muon(groups, config.lr, config.muon_momentum, config.muon_lr_adjustment, dtype)
     adams = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if name == "AdamW8bit" or config.bf16_stochastic_round:
+    if config.uses_torchao:
         return LowPrecisionAdamW(
             groups,
             **adams,

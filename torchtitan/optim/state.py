@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from torchtitan.distributed.mesh import local_part
+from torchtitan.distributed.local_parts import local_part, with_local_part
 from torchtitan.optim.eight_bit import is_quantized, quantize_
 
 
@@ -67,8 +66,4 @@ def held_tensors(state: Mapping[nn.Parameter, dict]) -> Iterator[torch.Tensor]:
 @torch.no_grad()
 def _values(tensor: torch.Tensor, param: nn.Parameter) -> torch.Tensor:
     local = tensor.dequantize() if is_quantized(tensor) else local_part(tensor).float()
-    if isinstance(param, DTensor):
-        whole = {"shape": param.shape, "stride": param.stride()}
-        place = (param.device_mesh, param.placements)
-        local = DTensor.from_local(local, *place, run_check=False, **whole)
-    return local.to("cpu")
+    return with_local_part(param, local).to("cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import leaf_keys, nearest, present_name
+from torchtitan.config.names import leaf_keys, present_name, unknown_value
 from torchtitan.config.schema import JobConfig, Quantize
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization import float8, float8_experts, mx, mx_experts
@@ -113,11 +113,7 @@ def exact(config: JobConfig) -> JobConfig:
 def unknown_converters(config: JobConfig) -> list[Fault]:
     """A fault for each name that nobody has registered, after custom imports."""
     known = [*_CONVERTERS, *ALIASES]
-    return [
-        Fault("model.converters", "no such name.", _remedy(name, known), name)
-        for name in config.model.converters
-        if name not in known
-    ]
+    return [_unknown(name, known) for name in config.model.converters if name not in known]
 
 
 def unused_sections(config: JobConfig) -> list[str]:
@@ -137,11 +133,9 @@ def unused_sections(config: JobConfig) -> list[str]:
     ]
 
 
-def _remedy(name: str, known: list[str]) -> str:
-    if advice := present_name(name, known):
-        return advice
-    near = nearest(name, known)
-    return f'Did you mean "{near}"?' if near else f"Known: {', '.join(known)}."
+def _unknown(name: str, known: list[str]) -> Fault:
+    fault = unknown_value("model.converters", name, known)
+    return replace(fault, remedy=present_name(name, known) or fault.remedy)
 
 
 def _used(config: JobConfig) -> list[Converter]:

@@ -1,14 +1,13 @@
 """What converters of grouped experts have in common: which MoE layers they convert, and what forbids it."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
+from torchtitan.config.near_numbers import nearest_multiples
 from torchtitan.config.schema import JobConfig
 from torchtitan.ops.quantized_kernels import EMULATED, recipe_of
 from torchtitan.quantization.conversion import Conversion, alike
@@ -77,9 +76,9 @@ def _why_left(path: str, layer: nn.Module, parts: list[str], alignment: int) -> 
 
 
 def _matches_nothing(part: str, names: list[str], key: str) -> Fault:
-    near = nearest(part, sorted({end for name in names for end in (name, *name.split("."))}))
+    ends = {end for name in names for end in (name, *name.split("."))}
     kinds = ", ".join(dict.fromkeys(map(alike, names))) or "none"
-    remedy = f'Did you mean "{near}"?' if near else f"There are: {kinds}."
+    remedy = did_you_mean(part, sorted(ends), f"There are: {kinds}.")
     return Fault(key, "is in the name of no MoE layer's experts.", remedy, part)
 
 
@@ -103,20 +102,6 @@ def _chunk_faults(config: JobConfig, name: str, recipe: str) -> Iterator[Fault]:
         remedy = 'Use 0, or quantize.grouped_mm.float8 with recipe_name = "rowwise_with_gw_hp".'
         yield Fault("moe.max_rows_per_chunk", reason, remedy, size)
     elif size % alignment:
-        near = " or ".join(str(n * alignment) for n in (size // alignment, size // alignment + 1) if n)
         reason = f"must be a multiple of {alignment} rows for {name}."
-        yield Fault("moe.max_rows_per_chunk", reason, f"Use {near}.", size)
-
-
-def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:
-    """A fault where products would not be in bfloat16, which is what hardware has."""
-    if config.training.mixed_precision_param == "float32":
-        reason = f"{name} multiplies in bfloat16."
-        yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")
-
-
-def with_options(config: JobConfig, section: str, **options: Any) -> JobConfig:
-    """The config with other options in `quantize.grouped_mm.<section>`."""
-    grouped = config.quantize.grouped_mm
-    grouped = replace(grouped, **{section: replace(getattr(grouped, section), **options)})
-    return replace(config, quantize=replace(config.quantize, grouped_mm=grouped))
+        remedy = f"Use {nearest_multiples(alignment, size)}."
+        yield Fault("moe.max_rows_per_chunk", reason, remedy, size)

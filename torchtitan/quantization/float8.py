@@ -9,12 +9,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.faults import Fault
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
+from torchtitan.distributed.local_parts import with_local_part
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion, alike
 from torchtitan.quantization.hardware import hardware_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import HEAD, HIGH_PRECISION, Widths, choose, split_faults
+from torchtitan.quantization.linear import HEAD, HIGH_PRECISION, Widths, choose_layers, split_faults
 
 NAME = "quantize.linear.float8"
 FILTER = f"{NAME}.filter_fqns"
@@ -34,7 +36,7 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     if AUTO_FILTER in options.filter_fqns:
         gains = float8._auto_filter_for_recipe(recipe, [])  # no public name in 0.18
     tp = config.parallelism.tensor_parallel_degree
-    converted, left = choose(
+    converted, left = choose_layers(
         model, filters, partial(_why_left, gains), partial(_why_head_left, gains, tp), FILTER
     )
     settings = replace(
@@ -112,8 +114,7 @@ def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterat
 
 def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
-    linear = replace(config.quantize.linear, float8=replace(config.quantize.linear.float8, emulate=True))
-    return replace(config, quantize=replace(config.quantize, linear=linear))
+    return with_value(config, f"{NAME}.emulate", True)
 
 
 def _unwrap(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, metadata: object) -> None:
@@ -125,8 +126,5 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return getattr(tensor, "_tensor", tensor)  # of torchao's WeightWithDynamicFloat8CastTensor
     local = tensor.to_local()
-    if (inner := _plain(local)) is local:
-        return tensor
-    layout = {"device_mesh": tensor.device_mesh, "placements": tensor.placements}
-    shape = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(inner, **layout, run_check=False, **shape)
+    inner = _plain(local)
+    return tensor if inner is local else with_local_part(tensor, inner)

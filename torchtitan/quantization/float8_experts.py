@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.experts import PRODUCTS, convert_experts, precision_faults, with_options
-from torchtitan.quantization.hardware import hardware_faults
+from torchtitan.quantization.experts import PRODUCTS, convert_experts
+from torchtitan.quantization.hardware import hardware_faults, precision_faults
 
 NAME = "quantize.grouped_mm.float8"
 CAPABILITY = (9, 0)
@@ -43,4 +44,4 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
 
 def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
-    return with_options(config, "float8", emulate=True)
+    return with_value(config, f"{NAME}.emulate", True)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from torchtitan.config.faults import Fault
+from torchtitan.config.schema import JobConfig
 
 
 def hardware_faults(
@@ -18,3 +19,10 @@ def hardware_faults(
         needed, has = (".".join(map(str, version)) for version in (least, capability))
         reason = f"{what} need compute capability {needed}, and this GPU has {has}."
         yield Fault(key, reason, remedy, value)
+
+
+def precision_faults(config: JobConfig, name: str) -> Iterator[Fault]:
+    """A fault where products would not be in bfloat16, which is what hardware has."""
+    if config.training.mixed_precision_param == "float32":
+        reason = f"{name} multiplies in bfloat16."
+        yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")

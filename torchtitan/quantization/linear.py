@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import nn
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
 from torchtitan.quantization.conversion import alike
 
 Refuse = Callable[[nn.Module], str]
@@ -21,7 +21,7 @@ _ROUTER = "router.gate"
 """What routers' names end with."""
 
 
-def choose(
+def choose_layers(
     model: nn.Module, filters: Sequence[str], refuse: Refuse, refuse_head: Refuse, filter_key: str
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names of the Linear layers to convert; and of those to leave, with the reason of each.
@@ -57,8 +57,7 @@ def _why_left(name: str, module: nn.Module, filters: Sequence[str], refuse: Refu
 
 def _matches_nothing(part: str, names: list[str], filter_key: str) -> Fault:
     ends = {end for name in names for end in (name, *name.split("."))}
-    near = nearest(part, sorted(ends))
-    remedy = f'Did you mean "{near}"?' if near else "Take it out of the list."
+    remedy = did_you_mean(part, sorted(ends), "Take it out of the list.")
     return Fault(filter_key, "is in the name of no module.", remedy, part)
 
 

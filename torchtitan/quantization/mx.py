@@ -5,7 +5,7 @@ a scale that is a power of two (OCP Microscaling Formats 1.0).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from torchtitan.config.faults import ConfigError, Fault
-from torchtitan.config.names import nearest
+from torchtitan.config.names import did_you_mean
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.distributed.mesh import Degrees
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.hardware import hardware_faults
+from torchtitan.quantization.hardware import hardware_faults, precision_faults
 from torchtitan.quantization.library import torchao
-from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose, split_faults
+from torchtitan.quantization.linear import HIGH_PRECISION, Widths, choose_layers, split_faults
 
 NAME = "quantize.linear.mx"
 FILTER = f"{NAME}.filter_fqns"
@@ -95,7 +96,7 @@ def convert(model: nn.Module, config: JobConfig) -> Conversion:
     if faults := list(_recipe_faults(config)):
         raise ConfigError(faults)
     options = config.quantize.linear.mx
-    converted, left = choose(
+    converted, left = choose_layers(
         model, options.filter_fqns, _too_odd, lambda head: HIGH_PRECISION, FILTER
     )
     product = torchao("prototype.moe_training.mxfp8_linear").mx_mm.apply
@@ -133,9 +134,8 @@ def _recipe_faults(config: JobConfig) -> Iterator[Fault]:
     """A fault where the recipe is none of those there are."""
     name = config.quantize.linear.mx.recipe_name
     if name not in RECIPES:
-        near = nearest(name, RECIPES)
-        remedy = f'Did you mean "{near}"? ' if near else ""
-        yield Fault(f"{NAME}.recipe_name", "no such recipe.", f"{remedy}Known: {', '.join(RECIPES)}.", name)
+        remedy = f"{did_you_mean(name, RECIPES)} Known: {', '.join(RECIPES)}.".lstrip()
+        yield Fault(f"{NAME}.recipe_name", "no such recipe.", remedy, name)
 
 
 def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
@@ -146,9 +146,7 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
         return
     remedy = 'Use "mxfp8_emulated_rceil" to try a config out, slowly.'
     yield from hardware_faults(device, (10, 0), "MX products", key, options.recipe_name, remedy)
-    if config.training.mixed_precision_param == "float32":
-        reason = f"{options.recipe_name} of {NAME} casts from bfloat16."
-        yield Fault("training.mixed_precision_param", reason, 'Use "bfloat16".', "float32")
+    yield from precision_faults(config, NAME)
 
 
 def layout_faults(config: JobConfig, widths: Widths, degrees: Degrees) -> Iterator[Fault]:
@@ -160,6 +158,4 @@ def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
     recipe = RECIPES[config.quantize.linear.mx.recipe_name]
     name = "mxfp8_emulated" if recipe.scaling == "floor" else "mxfp8_emulated_rceil"
-    mx = replace(config.quantize.linear.mx, recipe_name=name)
-    linear = replace(config.quantize.linear, mx=mx)
-    return replace(config, quantize=replace(config.quantize, linear=linear))
+    return with_value(config, f"{NAME}.recipe_name", name)

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from torchtitan.config.faults import Fault
+from torchtitan.config.nested import with_value
 from torchtitan.config.schema import JobConfig
 from torchtitan.quantization.conversion import Conversion
-from torchtitan.quantization.experts import PRODUCTS, convert_experts, precision_faults, with_options
-from torchtitan.quantization.hardware import hardware_faults
+from torchtitan.quantization.experts import PRODUCTS, convert_experts
+from torchtitan.quantization.hardware import hardware_faults, precision_faults
 from torchtitan.quantization.library import torchao
 
 NAME = "quantize.grouped_mm.mx"
@@ -37,4 +38,4 @@ def device_faults(config: JobConfig, device: torch.device) -> Iterator[Fault]:
 
 def emulated(config: JobConfig) -> JobConfig:
     """The config with emulated products."""
-    return with_options(config, "mx", recipe_name=EMULATED)
+    return with_value(config, f"{NAME}.recipe_name", EMULATED)

@@ -2,26 +2,27 @@
 
 import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from torchtitan.checkpoint import storage
-from torchtitan.checkpoint.find import find_checkpoint
+from torchtitan.checkpoint.find import find_checkpoint, what_is_left
 from torchtitan.config.faults import ConfigError
-from torchtitan.config.schema import Checkpoint
+from torchtitan.config.schema import Checkpoint, Debug, Job, JobConfig, Metrics, Optimizer, Training
 
 SIZE = 3 * 2**10
 ASSETS = Path("tests/assets/tokenizer")
 
 
-def save(folder, step, content=b"x"):
+def save(folder, step, content=b"x", origin=None):
     temporary = storage.temporary_path(folder, step)
     storage.new_folder(temporary)
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
         (temporary / name).write_bytes(content * SIZE)
     files = {path.name: storage.fingerprint(path) for path in temporary.iterdir()}
-    return storage.publish(temporary, {"progress": {"step": step}, "origin": {}, "files": files})
+    return storage.publish(temporary, {"progress": {"step": step}, "origin": origin or {}, "files": files})
 
 
 def names(folder):
@@ -85,6 +86,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
     if name != "altered manifest":  # which step-1 is not by the same words
         with pytest.raises(ConfigError, match=r"no checkpoint there is whole.*step-2.*step-1"):
             find_checkpoint(Checkpoint(enable=True), tmp_path, ASSETS)
+
+
+def going_back(folder, **sections):
+    load = Checkpoint(enable=True, load_step=2)
+    return JobConfig(job=Job(dump_folder=str(folder)), checkpoint=load, **sections)
+
+
+def start(config):
+    folder = Path(config.job.dump_folder)
+    return find_checkpoint(config.checkpoint, folder, ASSETS, None, config).name
+
+
+def test_a_run_that_went_back_goes_on_from_what_it_has_saved_since(tmp_path, caplog):
+    """The same command again, as of a cluster that queues it again: nothing trained since is lost."""
+    caplog.set_level("INFO")
+    folder, command = tmp_path / "checkpoint", going_back(tmp_path)
+    for step in (2, 4, 6):
+        save(folder, step, origin={"config": asdict(JobConfig())})  # of the run that is left behind
+    assert start(command) == "step-2"
+    assert what_is_left(command) == f"the same command goes on from {folder}/step-2"
+    settled = replace(command, debug=Debug(seed=7), training=Training(global_batch_size=8))
+    for step in (4, 5):
+        save(folder, step, origin={"config": asdict(settled)})
+    storage.remove_leftovers(folder)
+    assert start(command) == start(settled) == "step-5"
+    assert "load_step = 2: goes on from" in caplog.text
+    assert what_is_left(command) == f"the same command goes on from {folder}/step-5"
+    assert start(replace(command, metrics=Metrics(log_freq=1))) == "step-5"  # trains the same
+    assert start(going_back(tmp_path, optimizer=Optimizer(lr=1.0))) == "step-2"  # does not
+    storage.shutil.rmtree(folder / "step-2")  # as keep_latest_k does in time
+    assert start(command) == "step-5"
 
 
 def test_an_altered_file_is_named_by_the_rank_that_reads_it(tmp_path):

@@ -1,11 +1,11 @@
-"""Each rule of checks.py: refused on the wrong side of its line, accepted on the right one."""
+"""Each rule of bounds.py and checks.py: refused on the wrong side of its line, accepted on the right one."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from torchtitan.config import checks
+from torchtitan.config import bounds
 from torchtitan.config.checks import check_config
 from torchtitan.config.manager import load_config
 from torchtitan.config.names import leaf_keys, section_names
@@ -42,21 +42,21 @@ def test_upstreams_files_work(file):
     assert refused(f"--job.config_file {file}") == set()
 
 
-@pytest.mark.parametrize("key", checks.LEAST)
+@pytest.mark.parametrize("key", bounds.LEAST)
 def test_counts_below_their_least_are_refused(key):
-    least = checks.LEAST[key]
+    least = bounds.LEAST[key]
     assert key in refused(f"--{key} {least - 1}")
     at_least = check_config(load_config([f"--{key}", str(least)]))
     assert not [fault for fault in at_least if fault.reason.startswith("must be at least")]
 
 
-@pytest.mark.parametrize("key", checks.NOT_EMPTY)
+@pytest.mark.parametrize("key", bounds.NOT_EMPTY)
 def test_an_empty_name_is_not_the_current_folder(key):
     (fault,) = check_config(load_config([f"--{key}", ""]))
     assert (fault.setting, fault.reason, fault.value) == (key, "is empty.", "")
 
 
-@pytest.mark.parametrize("key", checks.AT_LEAST_ONE_OR_ALL)
+@pytest.mark.parametrize("key", bounds.AT_LEAST_ONE_OR_ALL)
 def test_minus_one_is_all_and_nothing_else_below_one(key):
     assert key in refused(f"--{key} 0")
     assert key in refused(f"--{key} -2")
@@ -64,7 +64,7 @@ def test_minus_one_is_all_and_nothing_else_below_one(key):
     assert key not in refused(f"--{key} 8")
 
 
-@pytest.mark.parametrize("key", checks.FRACTIONS)
+@pytest.mark.parametrize("key", bounds.FRACTIONS)
 def test_fractions(key):
     assert [key in refused(f"--{key} {value}") for value in ("-.1", 0, 1, 1.1, "nan")] == [
         True,
@@ -75,11 +75,11 @@ def test_fractions(key):
     ]
 
 
-@pytest.mark.parametrize("key", checks.CHOICES)
+@pytest.mark.parametrize("key", bounds.CHOICES)
 def test_unknown_names_are_refused(key):
     (fault,) = [f for f in check_config(load_config([f"--{key}", "qwerty"])) if f.value == "qwerty"]
     assert fault.setting == key
-    for choice in checks.CHOICES[key]:
+    for choice in bounds.CHOICES[key]:
         reasons = [fault.reason for fault in check_config(load_config([f"--{key}", choice]))]
         assert "no such name." not in reasons
 

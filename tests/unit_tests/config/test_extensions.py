@@ -7,8 +7,9 @@ import pytest
 from torchtitan.config.checks import check_config
 from torchtitan.config.extensions import UPSTREAM_PARTS
 from torchtitan.config.faults import ConfigError
-from torchtitan.config.manager import load_config, save_toml
+from torchtitan.config.manager import load_config
 from torchtitan.config.schema import JobConfig
+from torchtitan.config.toml_file import save_toml
 
 MODULE = """
 from __future__ import annotations

@@ -8,9 +8,10 @@ import pytest
 
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
-from torchtitan.config.manager import key_sources, load_config, located, save_toml
+from torchtitan.config.manager import key_sources, load_config, located
 from torchtitan.config.names import leaf_keys
 from torchtitan.config.schema import JobConfig
+from torchtitan.config.toml_file import save_toml
 
 ROOT = Path(__file__).parents[3]
 OUR_FILES = sorted((ROOT / "train_configs").glob("*/*.toml"))

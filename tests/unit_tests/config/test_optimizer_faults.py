@@ -4,8 +4,9 @@ import pytest
 
 from torchtitan.config.checks import check_config
 from torchtitan.config.faults import ConfigError
-from torchtitan.config.manager import load_config, save_toml
+from torchtitan.config.manager import load_config
 from torchtitan.config.optimizer_groups import OptimizerGroup, read_groups
+from torchtitan.config.toml_file import save_toml
 
 
 def refused(*argv):

@@ -38,7 +38,7 @@ def test_a_path_needs_no_table(tmp_path):
 @pytest.mark.parametrize(
     "dataset, dataset_path, messages",
     [
-        ("c4_tset", None, ["Did you mean c4_test?", "c4_validation"]),
+        ("c4_tset", None, ['Did you mean "c4_test"?', "c4_validation"]),
         ("no/such/file.jsonl", None, ["neither a registered dataset nor files that exist"]),
         ([], None, ["names no source"]),
         ([{"path": "a"}], "/data", ["training.dataset_path", "/data"]),

@@ -130,6 +130,25 @@ def test_bad_lines_are_reported_counted_and_skipped(
         assert [f"{path}:21: " in messages[0], f"{path}:5: " in messages[1]] == [True, True]
 
 
+def test_bad_documents_of_a_source_are_told_once_whatever_the_number_of_slots(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(logger, "propagate", True)
+    good = '{"text": "good"}\n'
+    (tmp_path / "a.jsonl").write_text(good + "oops\n" * 130)
+    (tmp_path / "b.jsonl").write_text(good * 50 + "oops\n" * 3)
+    sources = [{"path": str(tmp_path / name), "text_key": "text"} for name in ("a.jsonl", "b.jsonl")]
+    (loader,) = loaders(DataConfig(sources, num_slots=20, seq_len=8, seed=0, repeat=False))
+    while not next(loader).exhausted:
+        pass
+    loader.restart()  # as validation does again and again
+    next(loader)
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert told.count(f"document skipped: {tmp_path}/a.jsonl:") == 10
+    assert {f"{tmp_path}/b.jsonl:{line}:" in told for line in (51, 52, 53)} == {True}
+    assert told.count(f"a.jsonl: 100 documents skipped so far; the last: {tmp_path}/a.jsonl:") == 1
+
+
 def test_null_in_a_parquet_column_is_named_by_its_row(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
     (loader,) = loaders(DataConfig(str(tmp_path), num_slots=1, seq_len=4, seed=0, repeat=False))

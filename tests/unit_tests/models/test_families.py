@@ -130,7 +130,7 @@ FAULTS = [
     ),
     (
         f"{MOE} --model.overrides.moe.score_func sigmoyd",
-        "model.overrides.moe.score_func = \"sigmoyd\": no such name. Did you mean 'sigmoid'? Known: "
+        "model.overrides.moe.score_func = \"sigmoyd\": no such name. Did you mean \"sigmoid\"? Known: "
         "softmax, sigmoid.",
     ),
     (

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from torchtitan.ops import cross_entropy
 from torchtitan.ops.cross_entropy import (
-    IGNORED,
+    IGNORE_INDEX,
     chunked_linear_cross_entropy,
     cross_entropy_,
     linear_cross_entropy,
@@ -21,8 +21,8 @@ def inputs(dtype, device, valid=True):
     hidden = torch.randn(3, TOKENS // 3, DIM, generator=generator, dtype=torch.float64)
     weight = torch.randn(VOCAB, DIM, generator=generator, dtype=torch.float64)
     labels = torch.randint(VOCAB, (3, TOKENS // 3), generator=generator)
-    labels[0, 2], labels[2] = IGNORED, IGNORED
-    labels = labels if valid else torch.full_like(labels, IGNORED)
+    labels[0, 2], labels[2] = IGNORE_INDEX, IGNORE_INDEX
+    labels = labels if valid else torch.full_like(labels, IGNORE_INDEX)
     leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
     return *leaves, labels.to(device)
 
@@ -88,7 +88,7 @@ def test_the_kernel_computes_the_reference(vocab):
     logits[3] = float("-inf")
     logits[3, 5] = 0.0
     labels = torch.randint(vocab, (64,), device="cuda", generator=generator)
-    labels[3], labels[9] = 5, IGNORED
+    labels[3], labels[9] = 5, IGNORE_INDEX
     gradient, wanted = logits.clone(), logits.cpu().double()
     losses = cross_entropy_(gradient, labels)
     exact = cross_entropy_(wanted, labels.cpu())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchtitan.ops import cross_entropy, float8
-from torchtitan.ops.cross_entropy import EXACT, IGNORED, chunked_linear_cross_entropy
+from torchtitan.ops.cross_entropy import EXACT, IGNORE_INDEX, chunked_linear_cross_entropy
 from torchtitan.ops.float8_head import RECIPES, products
 
 TOKENS, DIM, VOCAB = 77, 64, 320
@@ -19,7 +19,7 @@ def inputs(dtype=torch.float32, seed=0):
     hidden = torch.randn(7, TOKENS // 7, DIM, generator=generator)
     weight = torch.randn(VOCAB, DIM, generator=generator) * DIM**-0.5
     labels = torch.randint(VOCAB, (7, TOKENS // 7), generator=generator)
-    labels[0, 2], labels[2] = IGNORED, IGNORED
+    labels[0, 2], labels[2] = IGNORE_INDEX, IGNORE_INDEX
     return hidden.to(dtype), weight.to(dtype), labels
 
 
@@ -117,7 +117,7 @@ def test_any_number_of_tokens_works(recipe, monkeypatch):
         ours, exact = (results(how, leaves, monkeypatch) for how in (made, EXACT))
         assert ours[1].shape == (count, DIM)
         assert all(error(a, b) < 0.06 for a, b in zip(ours, exact, strict=True))
-    nothing = torch.full_like(labels, IGNORED)
+    nothing = torch.full_like(labels, IGNORE_INDEX)
     assert not any(found.any() for found in results(made, (hidden, weight, nothing), monkeypatch))
 
 

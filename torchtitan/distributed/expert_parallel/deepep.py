@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from torchtitan import routing
 from torchtitan.distributed.expert_parallel.slices import in_place, own_slice
-from torchtitan.routing import RowOrder, WholeDispatch, once
+from torchtitan.routing import RowOrder, WholeDispatch
+from torchtitan.routing_decisions import once
 
 Handle = tuple[torch.Tensor, ...]
 """DeepEP's own notes of who sent what to whom."""

@@ -17,7 +17,8 @@ import torch
 from torchtitan.distributed.comm import is_fake
 from torchtitan.distributed.expert_parallel import float8_message
 from torchtitan.ops.rows import sum_rows
-from torchtitan.routing import Alignment, RowOrder, once, repeats, take
+from torchtitan.routing import Alignment, RowOrder, take
+from torchtitan.routing_decisions import once, repeats
 
 _SCORE_BYTES = 16
 """What a score takes beside its row: 4 bytes, the rest keeps rows aligned for wide loads."""

@@ -18,7 +18,8 @@ from torchtitan.distributed.expert_parallel.peer_memory import (
 )
 from torchtitan.ops.peer_rows import pull, push
 from torchtitan.ops.rows import sum_rows
-from torchtitan.routing import count_tokens, once, sort_by_expert
+from torchtitan.routing import count_tokens, sort_by_expert
+from torchtitan.routing_decisions import once
 
 
 @dataclass(frozen=True)

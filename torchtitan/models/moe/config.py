@@ -1,6 +1,6 @@
 """The shape of a mixture-of-experts layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -42,18 +42,18 @@ class MoEConfig:
 
     load_balance_coeff: float = 0.0
     """Step of the balance bias, which is added to scores for the choice only (arXiv 2408.15664)."""
-    sequence_balance_coeff: float = 0.0
-    """Of the loss on each sequence's balance. Set by `update_from_config`, as the two below."""
-    global_balance_coeff: float = 0.0
+    sequence_balance_coeff: float = field(default=0.0, metadata={"set_by": "moe.sequence_balance_coeff"})
+    """Of the loss on each sequence's balance."""
+    global_balance_coeff: float = field(default=0.0, metadata={"set_by": "moe.global_balance_coeff"})
     """Of the loss on the global batch's balance."""
-    router_z_coeff: float = 0.0
+    router_z_coeff: float = field(default=0.0, metadata={"set_by": "moe.router_z_coeff"})
     """Of the loss on the size of router logits."""
-    force_load_balance: bool = False
-    """Experts take turns whatever the router says; for benchmarks. Set by `update_from_config`."""
-    experts_backend: Literal["auto", "reference"] = "auto"
-    """What multiplies: see models/moe/experts.py. Set by `update_from_config`."""
-    max_rows_per_chunk: int = 0
-    """Rows that experts' intermediates may hold at a time, or 0. Set by `update_from_config`."""
+    force_load_balance: bool = field(default=False, metadata={"set_by": "debug.moe_force_load_balance"})
+    """Experts take turns whatever the router says; for benchmarks."""
+    experts_backend: Literal["auto", "reference"] = field(default="auto", metadata={"set_by": "moe.experts_backend"})
+    """What multiplies: see models/moe/experts.py."""
+    max_rows_per_chunk: int = field(default=0, metadata={"set_by": "moe.max_rows_per_chunk"})
+    """Rows that experts' intermediates may hold at a time, or 0."""
 
     @property
     def has_balance_loss(self) -> bool:

@@ -6,7 +6,6 @@ B batch, L sequence, T = B * L tokens (batch-major), D model, E experts, K top-k
 import torch
 from torch import nn
 
-from torchtitan import routing
 from torchtitan.models.feed_forward import FeedForward
 from torchtitan.models.moe.balance import SumCounts, balance_loss, with_loss
 from torchtitan.models.moe.config import MoEConfig
@@ -14,6 +13,7 @@ from torchtitan.models.moe.dispatch import LocalTokenDispatcher, TokenDispatcher
 from torchtitan.models.moe.experts import GroupedExperts
 from torchtitan.models.moe.router import Routing, TokenChoiceTopKRouter
 from torchtitan.ops.quantized_kernels import row_alignment
+from torchtitan.routing_decisions import record_load
 from torchtitan.sharding import Fragment, Style
 
 
@@ -96,7 +96,7 @@ class MoE(nn.Module):
         choice = self.router(tokens, self.expert_bias)
         scores = choice.top_scores
         if self.training:
-            routing.record_load(self.tokens_per_expert, choice.selected_experts_indices)
+            record_load(self.tokens_per_expert, choice.selected_experts_indices)
             if self.config.has_balance_loss:
                 scores = with_loss(scores, self._balance_loss(choice, num_sequences=len(x)))
         return self.apply_experts(x, scores, choice.selected_experts_indices)

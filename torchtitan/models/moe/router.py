@@ -13,7 +13,9 @@ from torchtitan import routing
 from torchtitan.models.init import Constant, Init, Normal
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.ops.top_k import top_k
+from torchtitan.ops.wide import widened
 from torchtitan.ops.wide_linear import wide_linear
+from torchtitan.routing_decisions import keep
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TokenChoiceTopKRouter(nn.Module):
     def forward(self, x: torch.Tensor, correction_bias: torch.Tensor | None = None) -> Routing:
         """x (T, D); correction_bias (E,) fp32 is added to scores for the choice only."""
         # Everything after `keep` is computed again from the same bits under recomputation.
-        logits = routing.keep(self._logits(x))
+        logits = keep(self._logits(x))
         if self.config.force_load_balance:
             ids = self._take_turns(logits)
         else:
@@ -71,12 +73,12 @@ class TokenChoiceTopKRouter(nn.Module):
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         if not self.config.router_in_fp32:
-            return _wide(self.gate(x))
+            return widened(self.gate(x))
         weight, bias = self.gate.weight, self.gate.bias
         if x.dtype == weight.dtype == torch.bfloat16:
             logits = wide_linear(x, weight)
         else:
-            logits = F.linear(_wide(x), _wide(weight))
+            logits = F.linear(widened(x), widened(weight))
         return logits if bias is None else logits + bias
 
     def _choose(self, logits: torch.Tensor, correction_bias: torch.Tensor | None) -> torch.Tensor:
@@ -115,7 +117,3 @@ class TokenChoiceTopKRouter(nn.Module):
                 # They can all be zero.
                 top_scores = top_scores / (top_scores.sum(-1, keepdim=True) + 1e-20)
         return top_scores if config.route_scale == 1 else top_scores * config.route_scale
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

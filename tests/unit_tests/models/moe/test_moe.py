@@ -11,10 +11,10 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from tests.unit_tests.models.helpers import saved_bytes
-from torchtitan import routing
 from torchtitan.models.init import parameter_inits
 from torchtitan.models.moe.config import MoEConfig
 from torchtitan.models.moe.moe import MoE
+from torchtitan.routing_decisions import decide_once
 
 D, WIDTH, E, K = 16, 24, 8, 3
 CONFIG = {"num_experts": E, "top_k": K, "ffn_dim": WIDTH}
@@ -164,7 +164,7 @@ def test_a_recomputation_neither_counts_nor_chooses_again():
         return logits + torch.randn_like(logits) if len(calls) > 1 else logits
 
     moe.router.gate.register_forward_hook(with_noise)
-    out = checkpoint(moe, x, use_reentrant=False, context_fn=routing.decide_once)
+    out = checkpoint(moe, x, use_reentrant=False, context_fn=decide_once)
     gradients = torch.autograd.grad(out.square().sum(), [x, *moe.parameters()])
     assert len(calls) == 2
     expected = plain(x)
