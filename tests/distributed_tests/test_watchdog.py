@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed_tests.stuck_run import BAD_STEP, TIMEOUT_SECONDS
 from torchtitan.distributed.comm import World
-from torchtitan.observability.rank_report import RankState, judge
+from torchtitan.observability.rank_report import RankState, judge, render
 from torchtitan.observability.watchdog import Watchdog, _Patrol
 
 REPO = Path(__file__).parents[2]
@@ -155,6 +155,17 @@ def test_a_frozen_sibling_is_ended_and_nothing_else(tmp_path, monkeypatch, ends_
     patrol._kill_sibling(state)
     assert sibling.wait(5) == (-signal.SIGTERM if ends_meanwhile else -signal.SIGKILL)
     patrol._kill_sibling(state)  # it is not there any more
+
+
+def test_ranks_that_say_the_same_are_told_once():
+    told = {"error": "no memory", "traceback": "Traceback\n  in step", "step": 3, "phase": "forward"}
+    states = [_state(0, **told), _state(1), _state(2, **told), _state(3, **told | {"error": "other"})]
+    verdict = judge(states, now=101.0)
+    assert verdict.odd_ranks == (0, 2, 3)
+    same, other = verdict.headline.split("; ")
+    assert same == "ranks 0, 2 failed at step 3, phase forward: no memory"
+    assert other == "rank 3 failed at step 3, phase forward: other"
+    assert render(states, verdict, now=101.0).endswith("\n\nranks 0, 2, 3 raised\n    Traceback\n      in step")
 
 
 def _processes_of(dump_folder: Path) -> list[str]:

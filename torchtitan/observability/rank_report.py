@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 ENDED_BY = {signal.SIGINT: "interrupted (SIGINT)", signal.SIGTERM: "told to end (SIGTERM)"}
@@ -72,7 +72,8 @@ def judge(states: Sequence[RankState], now: float) -> Verdict:
         if not (state.heard_alarm or state.finished or state in broken)
     ]
     if broken or silent:
-        who = [f"rank {state.rank} failed at {state.place}: {state.error}" for state in broken]
+        errors = {state.rank: f"failed at {state.place}: {state.error}" for state in broken}
+        who = [f"{ranks} {what}" for what, ranks in _together(errors)]
         who += [
             f"rank {state.rank} has been silent for {now - state.told_at:.0f} s (killed, frozen or"
             f" aborted), last seen at {state.place}"
@@ -121,11 +122,25 @@ def render(states: Sequence[RankState], verdict: Verdict, now: float) -> str:
             f" {state.seconds_in_phase:.1f} s, last word {now - state.told_at:.1f} s ago{note}"
         )
     shown = [s for s in states if s.rank in verdict.odd_ranks] or list(states)[:1]
+    last_words = {}
     for state in shown:
         title = "raised" if state.traceback else "was last seen at"
         body = state.traceback.splitlines() if state.traceback else state.stack
-        lines += ["", f"rank {state.rank} {title}", *(f"    {line}" for line in body)]
+        last_words[state.rank] = "\n    ".join([title, *body])
+    for words, who in _together(last_words):
+        lines += ["", f"{who} {words}"]
     return "\n".join(lines)
+
+
+def _together(words: Mapping[int, str]) -> list[tuple[str, str]]:
+    """What ranks have to say and who says it: `rank 3`, or `ranks 0, 1, 2` where it is the same."""
+    ranks: dict[str, list[int]] = {}
+    for rank, text in words.items():
+        ranks.setdefault(text, []).append(rank)
+    return [
+        (text, f"rank{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}")
+        for text, group in ranks.items()
+    ]
 
 
 def _absent_from_collectives(states: Sequence[RankState]) -> list[tuple[RankState, str]]:

@@ -1,6 +1,5 @@
 """Each rule of bounds.py and checks.py: refused on the wrong side of its line, accepted on the right one."""
 
-import json
 from pathlib import Path
 
 import pytest

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from tests.unit_tests.models.helpers import build
 from torchtitan.models import deepseek_v3, gpt_oss, llama3, qwen3
