@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 SECONDS_TO_DUMP_STACKS = 0.5
@@ -177,6 +178,9 @@ def _rank_main(assignment: _Assignment, pipe: Connection) -> None:
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
     )
+    # The server's thread pool is not in its forks. Torch makes another where it is asked for first, and aborts
+    # where two threads of autograd ask at once (seen on 2.11, in dry runs of pipelines).
+    torch.set_num_threads(1)
     with open(assignment.stack_file, "w") as stacks:
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR1, stacks)
