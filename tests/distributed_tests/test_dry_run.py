@@ -95,17 +95,21 @@ def test_real_ranks_do_what_a_dry_run_says(tmp_path, world_size, layout):
 
 
 class MeasuringTrainer(Trainer):
+    peak = float("inf")
+
     def _forward_backward(self, batch, num_tokens):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             loss = super()._forward_backward(batch, num_tokens)
         events = profiler.profiler.kineto_results.events()
         memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        self.peak = max(accumulate(size for _, size in memory))
+        if self.step > 1:  # the first one makes what later ones have
+            # The least of some: gloo lets go of what it has sent when it comes to it.
+            self.peak = min(self.peak, max(accumulate(size for _, size in memory)))
         return loss
 
 
 def measure(settings):
-    """The most bytes in use in a second step's forward and backward, by PyTorch's allocator."""
+    """The most bytes in use in a step's forward and backward, by PyTorch's allocator."""
     trainer = build(settings, MeasuringTrainer)
     trainer.run()
     held = [*trainer.model.parameters(), *held_tensors(trainer.optimizer.state)]
@@ -124,7 +128,7 @@ def be_one_on_cpus(settings, rank, world_size):
         (1, RECOMPUTED, 0.99, 1.01),
         (1, COMPILED, 0.99, 1.01),
         (2, {}, 0.99, 1.01),
-        (2, TP2, 0.9, 1.01),  # gloo lets go of what it sent when it comes to it
+        (2, TP2, 0.99, 1.01),
         (2, PP2, 0.98, 1.05),
         (2, EP2, 0.9, 1.01),  # but for what experts take and free inside of their operator
         (1, MLA, 0.9, 1.01),
@@ -132,7 +136,7 @@ def be_one_on_cpus(settings, rank, world_size):
     ids=["one", "recomputed", "compiled", "fsdp2", "tp2", "pp2", "ep2", "mla"],
 )
 def test_memory_is_what_real_ranks_take(tmp_path, world_size, layout, least, most):
-    settings = LARGER | layout | {"job.dump_folder": tmp_path, "training.steps": 2}
+    settings = LARGER | layout | {"job.dump_folder": tmp_path, "training.steps": 6}
     taken = run_ranks(measure, world_size, settings, timeout=120)[0]
     said = run_ranks(be_one_on_cpus, 1, settings, 0, world_size, timeout=120)[0].peak_bytes
     assert least < said / taken < most
