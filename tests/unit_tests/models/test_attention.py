@@ -84,7 +84,7 @@ def varlen_by_definition(
     q, k, v, offsets, key_offsets, max_q, max_k, *, window_size, scale=None, enable_gqa=False
 ):
     """`varlen_attn`, a document at a time: its last query stands at its last key."""
-    assert enable_gqa
+    assert enable_gqa or not attention._VARLEN_TAKES_GQA
     before, after = window_size
     out = torch.zeros_like(q)
     places = zip(*(bounds.tolist() for bounds in (offsets, offsets[1:], key_offsets, key_offsets[1:])))
