@@ -157,6 +157,39 @@ def test_a_frozen_sibling_is_ended_and_nothing_else(tmp_path, monkeypatch, ends_
     patrol._kill_sibling(state)  # it is not there any more
 
 
+WAITS_FOR_DATA = """
+import time
+from torch.utils.data import DataLoader
+from torchtitan.distributed.comm import World
+from torchtitan.observability.watchdog import Watchdog
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return index
+
+with Watchdog(World.from_environment(), 60.0, ".", farewell=lambda: "farewell"):
+    for batch in DataLoader(Slow(range(10**6)), num_workers=2):
+        print("ready", flush=True)
+"""
+
+
+def test_ctrl_c_while_workers_bring_data_is_an_end_not_a_failure():
+    """It goes to the workers, too, and torch raises in the rank of one that ends."""
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", WAITS_FOR_DATA]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=os.environ | one, start_new_session=True, **pipes) as run:
+        assert run.stdout.readline() == "ready\n"
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        for process in (*map(int, workers), run.pid):  # a process group's come in any order
+            os.kill(process, signal.SIGINT)
+            time.sleep(0.2)
+        said = run.communicate(timeout=60)[0]
+    assert len(workers) == 2 and run.returncode == 130, said
+    assert said.replace("ready\n", "") == "interrupted (SIGINT) at step 0, phase start: farewell\n"
+
+
 def test_ranks_that_say_the_same_are_told_once():
     told = {"error": "no memory", "traceback": "Traceback\n  in step", "step": 3, "phase": "forward"}
     states = [_state(0, **told), _state(1), _state(2, **told), _state(3, **told | {"error": "other"})]

@@ -79,12 +79,13 @@ class Watchdog:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def end(self, headline: str, number: int) -> NoReturn:
-        """End this process because a signal has asked for it."""
+    def end(self, headline: str, number: int, linger: float = 0.0) -> NoReturn:
+        """End this process because a signal has asked for it, `linger` seconds after saying so."""
         words = [headline]
-        with suppress(OSError):  # a disk that cannot be read: the end must come all the same
+        with suppress(Exception):  # whatever a folder holds: the end must come all the same
             words.append(self._farewell())
         _say(": ".join(filter(None, words)))
+        time.sleep(linger)
         _leave(128 + number)
 
     def __enter__(self) -> Self:
@@ -97,6 +98,7 @@ class Watchdog:
 
     def _end_alone(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends what follows, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for workers that are killed
         _, step, phase, _ = self._place
         self.end(f"{ENDED_BY[number]} at step {step}, phase {phase}", number)
 
@@ -224,7 +226,7 @@ class _Patrol(threading.Thread):
 
     def _end(self, states: list[RankState], verdict: Verdict) -> None:
         if verdict.ended_by:
-            self._watchdog.end(verdict.headline, verdict.ended_by)
+            self._watchdog.end(verdict.headline, verdict.ended_by, LINGER_SECONDS)
         report = render(states, verdict, time.time())
         _say(report)
         for leave in (self._leave_with_the_run, self._leave_with_torchrun):
@@ -294,7 +296,10 @@ def _main_thread_stack() -> list[str]:
 
 
 def _forget_signals() -> None:
-    """A data loader's worker is no rank: it ends by signals as usual."""
+    """A data loader's worker is no rank: it ends by SIGTERM as usual, and at Ctrl-C by its rank.
+
+    Ctrl-C goes to workers, too: one that ended by itself would make torch raise in its rank.
+    """
     signal.set_wakeup_fd(-1)
-    for number in ENDED_BY:
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
