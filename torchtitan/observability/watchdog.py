@@ -79,13 +79,12 @@ class Watchdog:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def end(self, headline: str, number: int, linger: float = 0.0) -> NoReturn:
-        """End this process because a signal has asked for it, `linger` seconds after saying so."""
+    def end(self, headline: str, number: int) -> NoReturn:
+        """End this process because a signal has asked for it."""
         words = [headline]
         with suppress(Exception):  # whatever a folder holds: the end must come all the same
             words.append(self._farewell())
         _say(": ".join(filter(None, words)))
-        time.sleep(linger)
         _leave(128 + number)
 
     def __enter__(self) -> Self:
@@ -226,7 +225,7 @@ class _Patrol(threading.Thread):
 
     def _end(self, states: list[RankState], verdict: Verdict) -> None:
         if verdict.ended_by:
-            self._watchdog.end(verdict.headline, verdict.ended_by, LINGER_SECONDS)
+            self._watchdog.end(verdict.headline, verdict.ended_by)
         report = render(states, verdict, time.time())
         _say(report)
         for leave in (self._leave_with_the_run, self._leave_with_torchrun):
