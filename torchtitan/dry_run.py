@@ -26,6 +26,7 @@ from torchtitan.distributed.fsdp import Precision
 from torchtitan.distributed.grad_norm import clip_factor, global_grad_norm
 from torchtitan.distributed.launch import run_ranks
 from torchtitan.distributed.live_memory import LiveMemory
+from torchtitan.distributed.local_parts import local_part
 from torchtitan.distributed.mesh import Degrees, Meshes
 from torchtitan.distributed.styles import loss_layout
 from torchtitan.expert_load import ExpertLoad
@@ -167,14 +168,14 @@ def _be(
             moments = list(held_tensors(optimizer.state))
             weights = list(model.parameters())
             copies = [copy.tensor for weight in weights if (copy := cast_copy(weight)) is not None]
-            memory = LiveMemory(map(_local, [*weights, *copies, *moments]))
+            memory = LiveMemory(map(local_part, [*weights, *copies, *moments]))
             with counter:
                 gradients = step(memory)
         sizes = {"weights": [*weights, *copies], "gradients": gradients, "optimizer state": moments}
         return StageReport(
             rank,
-            sum(_local(weight).numel() for weight in weights),
-            {name: sum(_local(t).nbytes for t in tensors) for name, tensors in sizes.items()},
+            sum(local_part(weight).numel() for weight in weights),
+            {name: sum(local_part(t).nbytes for t in tensors) for name, tensors in sizes.items()},
             memory.peak,
             [
                 Traffic(axes[ranks], kind, calls, counter.bytes[kind, ranks])
@@ -215,10 +216,6 @@ def _axis_names(meshes: Meshes) -> dict[tuple[int, ...], str]:
             ranks = tuple(torch.distributed.get_process_group_ranks(mesh.get_group(axis)))
             groups.setdefault(ranks, []).append(axis)
     return {ranks: "/".join(dict.fromkeys(names)) for ranks, names in groups.items()}
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _lines(report: StageReport) -> Iterator[str]:
